@@ -122,7 +122,7 @@ def _solve(
     inner = _inner(a, gram, curvature)
     if a.shape[0] < a.shape[1]:
         return a.T @ jnp.linalg.solve(inner, target)
-    return jax.scipy.linalg.solve(inner, a.T @ target, assume_a="pos")
+    return jnp.linalg.solve(inner, a.T @ target)  # not by Cholesky: inside this loop it can deadlock on CPU (jax 0.10)
 
 
 def latent_precision(solution: Solution) -> Float[Array, "latents latents"]:
@@ -132,7 +132,7 @@ def latent_precision(solution: Solution) -> Float[Array, "latents latents"]:
     if a.shape[0] < a.shape[1]:
         return jnp.linalg.solve(inner, curvature)
     weighted = curvature @ a
-    return curvature - weighted @ jax.scipy.linalg.solve(inner, weighted.T, assume_a="pos")
+    return curvature - weighted @ jnp.linalg.solve(inner, weighted.T)
 
 
 def _logits(latent: Float[Array, " latents"], rows: Judgements) -> Float[Array, " rows"]:
@@ -194,15 +194,21 @@ def solve_rows(
 
 
 def solve_items(
-    model: LinearInUser, items: Item, rows: Judgements, root: Array, scale: Array, *, steps: int = STEPS
-) -> Solution:
+    model: LinearInUser, items: Item, rows: Judgements, root: Array, scale: Array, *, minus: Item | None = None,
+    steps: int = STEPS,
+) -> Solution:  # fmt: skip
     """Solve for a deviation with one latent value per item: for units that judged many pairs among few items.
 
     `items` are the unit's distinct items; `rows.first` and `rows.second` index them; `rows.care` multiplies the gain.
+    With `minus`, a latent value is the difference of an item of `items` and one of `minus`: one per row, where a unit
+    judged few pairs among many items.
     """
 
     gain = ravel(Deviation(jax.tree.map(jnp.zeros_like, model.init_user()), jnp.ones(())))[0]
-    phi = jnp.concatenate([scale * latent_features(model, items), gain[None, :]])
+    features = latent_features(model, items)
+    if minus is not None:
+        features = features - latent_features(model, minus)
+    phi = jnp.concatenate([scale * features, gain[None, :]])
     a = phi * root[None, :] if root.ndim == 1 else phi @ root
     return newton(lambda beta: a @ beta, a, rows, a.shape[1], steps=steps)
 

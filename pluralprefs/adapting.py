@@ -24,7 +24,7 @@ from pluralprefs.adapt import (
     predict,
     solve_items,
 )
-from pluralprefs.fitting import Fitted, Rows, buckets, gathered, local_items, padded, row_log_odds, step_up, strangers
+from pluralprefs.fitting import Fitted, Rows, at, buckets, gathered, latents, padded, row_log_odds, step_up, strangers
 from pluralprefs.types import Item, LinearInUser, UserPosterior
 from pluralprefs.users import Deviation, Users, gather, ravel
 
@@ -73,7 +73,7 @@ def adapt_and_predict(
         m, v = solve(support, index, query, rows)
         mean[rows[rows >= 0]] = m[rows >= 0]
         variance[rows[rows >= 0]] = v[rows >= 0]
-    return mean, variance
+    return mean, variance + float(users.residual)
 
 
 class _AnyRoute:
@@ -104,24 +104,25 @@ class _LinearRoute:
         given, asked = padded(support, index), padded(query, rows)
         fixed = np.where(index >= 0, self.at_support[np.maximum(index, 0)] if len(self.at_support) else 0.0, 0.0)
         fixed = fixed.astype(np.float32)
-        local, first, second = local_items(np.asarray(given.first), np.asarray(given.second))
-        judged = Judgements(first, second, fixed, fixed, given.target, given.weight)
+        local = latents(np.asarray(given.first), np.asarray(given.second))
+        judged = Judgements(local.first, local.second, fixed, fixed, given.target, given.weight)
         base = np.where(rows >= 0, self.at_query[np.maximum(rows, 0)], 0.0).astype(np.float32)
         root, scale = self.users.user_root, self.users.scale
-        m, v = _linear(self.model, self.items, local, judged, root, scale, asked.first, asked.second, base)
+        m, v = _linear(self.model, self.items, local.items, local.minus, judged, root, scale, asked.first,
+                       asked.second, base)  # fmt: skip
         return np.asarray(m), np.asarray(v)
 
 
 @jax.jit
 def _linear(
-    model: LinearInUser, items: Item, local: Array, rows: Judgements, root: Array, scale: Array,
+    model: LinearInUser, items: Item, local: Array, minus: Array | None, rows: Judgements, root: Array, scale: Array,
     first: Array, second: Array, base: Array,
 ) -> tuple[Array, Array]:  # fmt: skip
-    pick = lambda index: jax.tree.map(lambda x: x[index], items)  # noqa: E731
-
-    def unit(local: Array, rows: Judgements, first: Array, second: Array, base: Array) -> tuple[Array, Array]:
-        solution = solve_items(model, pick(local), rows, root, scale)
-        state = scale * (latent_features(model, pick(first)) - latent_features(model, pick(second)))
+    def unit(
+        local: Array, minus: Array | None, rows: Judgements, first: Array, second: Array, base: Array
+    ) -> tuple[Array, Array]:
+        solution = solve_items(model, at(items, local), rows, root, scale, minus=at(items, minus))
+        state = scale * (latent_features(model, at(items, first)) - latent_features(model, at(items, second)))
         care = ravel(Deviation(jax.tree.map(jnp.zeros_like, model.init_user()), jnp.ones(())))[0]
         direction = state + base[:, None] * care[None, :]
         whitened = direction * root[None, :] if root.ndim == 1 else direction @ root
@@ -129,7 +130,7 @@ def _linear(
         spread = jnp.sum(whitened**2, axis=1) - jnp.sum((seen @ latent_precision(solution)) * seen, axis=1)
         return base + whitened @ solution.mode, jnp.maximum(spread, 0.0)
 
-    return jax.vmap(unit)(local, rows, first, second, base)
+    return jax.vmap(unit)(local, minus, rows, first, second, base)
 
 
 def _with_empty(support_unit: np.ndarray, query_unit: np.ndarray, floats: int) -> Any:
@@ -181,7 +182,7 @@ def predict_rows(
     width = step_up(len(rows.target))
     index = np.concatenate([np.arange(len(rows.target)), np.full(width - len(rows.target), -1)])
     m, v = _predict(model, users, items, one, padded(strangers(rows), index[None]))
-    return np.asarray(m)[0, : len(rows.target)], np.asarray(v)[0, : len(rows.target)]
+    return np.asarray(m)[0, : len(rows.target)], np.asarray(v)[0, : len(rows.target)] + float(users.residual)
 
 
 def mean_rewards(model: Any, users: Users, items: Item, rows: Rows, states: list[Any]) -> tuple[np.ndarray, np.ndarray]:

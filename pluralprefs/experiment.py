@@ -31,7 +31,7 @@ from pluralprefs.likelihoods import Logistic, pooled_mean
 from pluralprefs.models.bradley_terry import BradleyTerry
 from pluralprefs.models.ideal_point import IdealDirection, IdealPoint
 from pluralprefs.models.low_rank import LowRank
-from pluralprefs.pooling import fit_pooled, population_by_newton
+from pluralprefs.pooling import fit_pooled, tempered_population
 from pluralprefs.training import gradient_base, temperature_scale
 from pluralprefs.types import Item, LinearInUser, Reduction
 from pluralprefs.users import Pooled, Users
@@ -48,7 +48,8 @@ class Experiment:
     features   keywords of `Features.fit`: columns appended to the embedding (log length, a kernel)
     shots, draws   the shot curve of unseen users; `support` returns published draws instead of drawing
     controls   predict for the wrong user and with reversed labels too
-    refit      fit again on training and validation rows once the tempering exponent is chosen on validation
+    epochs     at most; validation rows choose how many
+    refit      fit again on training and validation rows once they have chosen exponents and epochs
     save_users     keep the seen users' training rows in the run folder (personal data): needed to score them later
     """
 
@@ -60,8 +61,8 @@ class Experiment:
     community: str = "community_id"
     likelihood: Any = field(default_factory=Logistic)
     reduction: Reduction = pooled_mean
-    optimizer: Callable[[], Any] = partial(optax.adamw, learning_rate=3e-3, weight_decay=1e-2)  # noqa: RUF009
-    epochs: int = 20
+    optimizer: Callable[[], Any] = partial(optax.adamw, learning_rate=5e-3, weight_decay=1e-2)  # noqa: RUF009
+    epochs: int = 60
     batch_size: int = 512
     adapter: Adapter = laplace_user
     shots: tuple[int, ...] = (0, 2, 4, 8, 16, 32)
@@ -169,22 +170,36 @@ def _training_items(table: pl.DataFrame) -> tuple[str, ...]:
 
 
 def fit_seed(experiment: Experiment, prepared: Prepared, seed: int) -> Fitted:
-    """Fit one seed: choose the tempering exponent on validation rows, then (with `refit`) fit on them too."""
+    """Fit one seed on training and (with `refit`) validation rows.
+
+    What is chosen on validation rows (a temperature, a tempering exponent, the residual variance) is chosen by a fit
+    without them first.
+    """
     cell = prepared.table["cell"].to_numpy()
     train = take(prepared.rows, np.flatnonzero(np.isin(cell, TRAINING)))
     validation = take(prepared.rows, np.flatnonzero(cell == "validation"))
     if not len(validation.target):
         return _fit(experiment, prepared, train, None, experiment.users, seed)
-    choose = len(experiment.users.temper) > 1 or not isinstance(experiment.likelihood, Logistic)
+    pooled = experiment.users
+    offers = max(len(pooled.temper), len(pooled.population_temper))
+    model = new_model(experiment, prepared.features, prepared.vocabulary, prepared.maps, seed)
+    by_gradient = not isinstance(model, LinearInUser) or bool(jax.tree.leaves(model))
+    choose = offers > 1 or pooled.residual is True or by_gradient or not isinstance(experiment.likelihood, Logistic)
     if not experiment.refit:
         return _fit(experiment, prepared, train, validation, experiment.users, seed)
     everything = take(prepared.rows, np.flatnonzero(np.isin(cell, FINAL)))
     if not choose:
         return _fit(experiment, prepared, everything, None, experiment.users, seed)
     chosen = _fit(experiment, prepared, train, validation, experiment.users, seed)
-    settled = replace(experiment.users, temper=(chosen.notes.get("temper", 1.0),))
+    settled = replace(
+        pooled,
+        temper=(chosen.notes.get("temper", 1.0),),
+        population_temper=(chosen.notes.get("population_temper", 1.0),),
+        residual=float(chosen.users.residual),
+    )
+    experiment = replace(experiment, epochs=chosen.notes.get("epochs", experiment.epochs))
     fitted = _fit(experiment, prepared, everything, None, settled, seed, scale=float(chosen.users.scale))
-    kept = {k: v for k, v in chosen.notes.items() if k == "temper_validation_nll"}
+    kept = {k: v for k, v in chosen.notes.items() if k.endswith("validation_nll") or k == "residual"}
     return replace(fitted, notes=fitted.notes | kept)
 
 
@@ -196,13 +211,15 @@ def _fit(
     users, communities = len(prepared.vocabulary.users), len(prepared.vocabulary.communities)
     linear = isinstance(model, LinearInUser)
     if linear and not jax.tree.leaves(model):
-        base, notes = population_by_newton(model, prepared.features, rows, skip=not pooled.population)
+        base, notes = tempered_population(model, prepared.features, rows, pooled, validation)
     else:
-        base, notes = gradient_base(
+        notes: dict[str, Any] = {"epochs": experiment.epochs}
+        base = gradient_base(
             model, prepared.features, rows, pooled, users=0 if linear else users, likelihood=experiment.likelihood,
             reduction=experiment.reduction, optimizer=experiment.optimizer(), epochs=experiment.epochs,
-            batch_size=min(experiment.batch_size, len(rows.target)), seed=seed,
-        ), {}  # fmt: skip
+            batch_size=min(experiment.batch_size, len(rows.target)), seed=seed, validation=validation, notes=notes,
+        )  # fmt: skip
+        base(None)  # the folds are trained for as many epochs as suit all rows
     if not isinstance(experiment.likelihood, Logistic):
         if validation is not None:
             scale = float(temperature_scale(*base(None), prepared.features, validation))

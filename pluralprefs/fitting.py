@@ -85,7 +85,7 @@ def buckets(unit: np.ndarray, floats_per_row: int) -> Iterator[tuple[np.ndarray,
     width = np.array([step_up(c) for c in count], int)
     for n in np.unique(width):
         group = np.flatnonzero(width == n)
-        most = max(1, FLOATS_AT_ONCE // (int(n) * floats_per_row))
+        most = max(1, FLOATS_AT_ONCE // (int(n) * (floats_per_row + 4 * int(n))))  # 4: square matrices of latent values
         for cut in range(0, len(group), most):
             part = group[cut : cut + most]
             rows = np.full((min(step_up(len(part), 4), max(most, len(part))), int(n)), -1)
@@ -95,13 +95,14 @@ def buckets(unit: np.ndarray, floats_per_row: int) -> Iterator[tuple[np.ndarray,
 
 
 def step_up(n: int, least: int = 16) -> int:
-    """Round a size up to one of few (least, 4 least, 16 least, ...), so that few shapes are ever compiled.
+    """Round a size up to one of few (least, 4 least, 8 least, 16 least, ...), so that few shapes are ever compiled.
 
-    >>> [step_up(n) for n in (1, 16, 17, 300)]
-    [16, 16, 64, 1024]
+    >>> [step_up(n) for n in (1, 16, 17, 65, 300)]
+    [16, 16, 64, 128, 512]
     """
+    factor = 4
     while least < n:
-        least *= 4
+        least, factor = least * factor, 2
     return least
 
 
@@ -134,26 +135,46 @@ def _solve_bucket(
     return mode, variance, second.sum(0), evidence.sum()
 
 
-def local_items(first: np.ndarray, second: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Distinct items of each unit of a rectangle: (items [u, m], first and second as positions in them [u, n])."""
+class Latents(NamedTuple):
+    """Items whose rewards are a rectangle's latent values [u, m], and rows in terms of them; see `adapt.solve_items`.
+
+    `minus` is None where a latent value is one item's reward.
+    """
+
+    items: np.ndarray
+    minus: np.ndarray | None
+    first: np.ndarray
+    second: np.ndarray
+
+
+def latents(first: np.ndarray, second: np.ndarray) -> Latents:
+    """Choose the fewer latent values for rows [u, n]: a unit's distinct items, or its rows."""
     both = np.concatenate([first, second], axis=1)
     distinct = [np.unique(row, return_inverse=True) for row in both]
     width = step_up(max(len(values) for values, _ in distinct))
+    if width > first.shape[1]:
+        place = np.broadcast_to(np.arange(first.shape[1]), first.shape)
+        return Latents(first, second, place, np.full_like(place, -1))
     items = np.stack([np.pad(values, (0, width - len(values)), mode="edge") for values, _ in distinct])
     local = np.stack([inverse.reshape(-1) for _, inverse in distinct])
-    return items, local[:, : first.shape[1]], local[:, first.shape[1] :]
+    return Latents(items, None, local[:, : first.shape[1]], local[:, first.shape[1] :])
 
 
 @partial(jax.jit, static_argnames="full")
 def _solve_item_bucket(
-    model: LinearInUser, items: Item, local: Array, rows: Judgements, root: Array, scale: Array, full: bool
-) -> tuple[Array, Array, Array, Array]:
-    def one(index: Array, unit: Judgements) -> tuple[Array, Array, Array, Array]:
-        pick = jax.tree.map(lambda x: x[index], items)
-        return _moments(solve_items(model, pick, unit, root, scale), full)
+    model: LinearInUser, items: Item, local: Array, minus: Array | None, rows: Judgements, root: Array, scale: Array,
+    full: bool,
+) -> tuple[Array, Array, Array, Array]:  # fmt: skip
+    def one(index: Array, less: Array | None, unit: Judgements) -> tuple[Array, Array, Array, Array]:
+        return _moments(solve_items(model, at(items, index), unit, root, scale, minus=at(items, less)), full)
 
-    mode, variance, second, evidence = jax.vmap(one)(local, rows)
+    mode, variance, second, evidence = jax.vmap(one)(local, minus, rows)
     return mode, variance, second.sum(0), evidence.sum()
+
+
+def at(items: Item, index: Any) -> Any:
+    """Items at an index array; None at None."""
+    return None if index is None else jax.tree.map(lambda x: x[index], items)
 
 
 def gathered(items: Item, rows: Rows) -> Comparisons[Item]:
@@ -222,10 +243,12 @@ def solve_level(
         index = np.where(index >= 0, small[index], -1)
         support = padded(rows, index)
         if linear:
-            local, first, second_item = local_items(np.asarray(support.first), np.asarray(support.second))
+            local = latents(np.asarray(support.first), np.asarray(support.second))
             at_base = np.where(index >= 0, fixed[np.maximum(index, 0)], 0.0).astype(np.float32)
-            judged = Judgements(first, second_item, at_base, at_base * care, support.target, support.weight)
-            m, v, s, e = _solve_item_bucket(model, items, local, judged, jnp.asarray(root), users.scale, full)
+            judged = Judgements(local.first, local.second, at_base, at_base * care, support.target, support.weight)
+            m, v, s, e = _solve_item_bucket(
+                model, items, local.items, local.minus, judged, jnp.asarray(root), users.scale, full
+            )
         else:
             m, v, s, e = _solve_bucket(model, users, items, jnp.asarray(root), support, full)
         mode[units], variance[units] = m[: len(units)], v[: len(units)]

@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from scipy.optimize import minimize_scalar
 
 from pluralprefs.adapt import neutral_size
 from pluralprefs.adapting import predict_seen
@@ -68,8 +69,8 @@ def folds_by(kind: str, rows: Rows, count: int) -> list[Fold]:
         for j in range(i, count):
             predict = (low == i) & (high == j)
             if predict.any():
-                found.append(Fold(predict, ~np.isin(a, (i, j)) & ~np.isin(b, (i, j))))
-    return found
+                found.append((i != j, Fold(predict, ~np.isin(a, (i, j)) & ~np.isin(b, (i, j)))))
+    return [fold for _, fold in sorted(found, key=lambda entry: entry[0])]  # both items in one part first
 
 
 def _hash(text: str) -> int:
@@ -90,7 +91,8 @@ def fit_pooled(
     """Fit communities and users on top of `base` and return the whole table.
 
     base(mask) returns (model, users) with the population fitted on the rows of the mask (None: all), and no deviations.
-    `validation` rows choose the tempering exponent where `pooled.temper` offers several.
+    `validation` rows choose the tempering exponent where `pooled.temper` offers several, and the residual variance; the
+    exponent of the communities is `notes["population_temper"]`, which `tempered_population` leaves there.
     """
     notes = {} if notes is None else notes
     model, table = base(None)
@@ -99,13 +101,14 @@ def fit_pooled(
     table = _fit_communities(model, table, items, rows, pooled, None, roots, notes)
     if pooled.cross_fit and len(rows.target) > 0:
         offset = np.zeros(len(rows.target), np.float32)
+        at_base = row_log_odds(model, table, items, strangers(rows))
         for fold in folds_by(pooled.cross_fit, rows, pooled.folds):
             fold_model, fold_table = base(fold.fit)
             fold_table = _sized(fold_model, fold_table, users=users, communities=communities)
             fold_table = _fit_communities(fold_model, fold_table, items, rows, pooled, fold.fit, roots, notes)
             part = strangers(take(rows, fold.predict))
-            offset[fold.predict] = row_log_odds(fold_model, fold_table, items, part)
-            offset[fold.predict] -= row_log_odds(model, table, items, part)
+            shift = row_log_odds(fold_model, fold_table, items, part) - at_base[fold.predict]
+            offset[fold.predict] = shift / float(table.scale)
         rows = rows.replace(offset=offset)
     if "user" not in pooled.levels or users == 0:
         return Fitted(model, table.replace(user_root=jnp.zeros_like(table.user_root)), rows, notes)
@@ -126,13 +129,14 @@ def _fit_communities(
     count = table.community.gain.shape[0]
     if "community" not in pooled.levels or count == 0:
         return table
+    rows = tempered(rows, notes.get("population_temper", 1.0))
     unit = np.asarray(rows.community).copy()
     if mask is not None:
         unit[~mask] = -1
     flat = strangers(rows).replace(community=np.full_like(rows.community, -1))
     if "community" not in roots:
         root = initial_root(model, table, items, flat, pooled.strength)
-        root[np.array(part_names(neutral(model))) == "gain"] = 0.0
+        root = _shared(model, root, pooled.population_parts)
         roots["community"], moments = fit_strength(model, table, items, flat, unit, count, root, rounds=pooled.rounds)
         notes["community_strength"] = strengths(model, roots["community"])
     else:
@@ -164,26 +168,45 @@ def _fit_users(
     best: tuple[float, Fitted] | None = None
     tried = {}
     for exponent in pooled.temper:
-        tempered = rows.replace(weight=(rows.weight * exponent).astype(np.float32))
-        flat = strangers(tempered)
+        support = tempered(rows, exponent)
         root, moments = fit_strength(
-            model, table, items, flat, np.asarray(rows.user), users, start, rounds=pooled.rounds, care=pooled.gain
-        )
-        candidate = table.replace(user=deviations(model, root, moments.mode), user_root=jnp.asarray(root))
-        fitted = Fitted(model, candidate, tempered, notes)
+            model, table, items, strangers(support), np.asarray(rows.user), users, start, rounds=pooled.rounds,
+            care=pooled.gain,
+        )  # fmt: skip
+        candidate = table.replace(
+            user=deviations(model, root, moments.mode), user_root=jnp.asarray(root),
+            residual=jnp.float32(pooled.residual),
+        )  # fmt: skip
+        fitted = Fitted(model, candidate, support, notes | {
+            "temper": exponent, "user_strength": strengths(model, root), "evidence": moments.evidence,
+        })  # fmt: skip
         nats = 0.0
-        if validation is not None and len(validation.target) and len(pooled.temper) > 1:
+        if validation is not None and len(validation.target):
             mean, variance = predict_seen(fitted, items, validation)
+            if pooled.residual is True:
+                residual = residual_variance(mean, variance, validation)
+                fitted.users = candidate.replace(residual=jnp.float32(residual))
+                fitted.notes["residual"] = residual
+                variance = variance + residual
             nats = validation_nats(mean, variance, validation)
+            fitted.notes["validation_nll"] = nats
         tried[str(exponent)] = nats
         if best is None or nats < best[0]:
-            best = (nats, Fitted(model, candidate, tempered, notes | {
-                "temper": exponent, "user_strength": strengths(model, root), "evidence": moments.evidence,
-            }))  # fmt: skip
+            best = nats, fitted
     assert best is not None
     if len(tried) > 1:
         best[1].notes["temper_validation_nll"] = tried
     return best[1]
+
+
+def residual_variance(mean: np.ndarray, variance: np.ndarray, rows: Rows) -> float:
+    """Variance in [0, 100] to add to `variance` so that moderated predictions of the rows lose the fewest nats."""
+    found = minimize_scalar(
+        lambda log_variance: validation_nats(mean, variance + np.exp(log_variance), rows), bounds=(-7.0, 4.6),
+        method="bounded",
+    )  # fmt: skip
+    value = float(np.exp(found.x))
+    return value if found.fun < validation_nats(mean, variance, rows) - 1e-5 else 0.0
 
 
 def validation_nats(mean: np.ndarray, variance: np.ndarray, rows: Rows) -> float:
@@ -194,12 +217,19 @@ def validation_nats(mean: np.ndarray, variance: np.ndarray, rows: Rows) -> float
 
 
 def population_by_newton(
-    model: Any, items: Item, rows: Rows, *, strength: float = 1.0, rounds: int = 6, skip: bool = False
+    model: Any,
+    items: Item,
+    rows: Rows,
+    *,
+    strength: float = 1.0,
+    rounds: int = 6,
+    parts: tuple[str, ...] | None = None,
+    skip: bool = False,
 ) -> tuple[Base, dict[str, Any]]:
     """`base` for families that are linear in the user state: the population is a deviation from the neutral user.
 
     Part strengths are learned by empirical Bayes on all rows; folds refit the weights under the same strengths.
-    `skip` leaves it at zero.
+    `parts` names the parts it has (None: all); `skip` leaves it at zero.
     """
     if not isinstance(model, LinearInUser):
         raise TypeError(f"{type(model).__name__} is not linear in the user state: fit its population by gradient")
@@ -208,19 +238,56 @@ def population_by_newton(
     if skip:
         return (lambda mask: (model, empty)), {}
     root = initial_root(model, empty, items, flat, strength)
-    root[np.array(part_names(neutral(model))) == "gain"] = 0.0
+    root = _shared(model, root, parts)
     unit = np.zeros(len(rows.target), np.int64)
     root, moments = fit_strength(model, empty, items, flat, unit, 1, root, rounds=rounds)
     whole = _population(model, empty, root, moments.mode)
     notes = {"population_strength": strengths(model, root), "population_evidence": moments.evidence}
 
+    solved: dict[bytes, Users] = {}
+
     def base(mask: np.ndarray | None) -> tuple[Any, Users]:
         if mask is None:
             return model, whole
-        solved = solve_level(model, empty, items, flat, np.where(mask, 0, -1), 1, root)
-        return model, _population(model, empty, root, solved.mode)
+        if mask.tobytes() not in solved:
+            mode = solve_level(model, empty, items, flat, np.where(mask, 0, -1), 1, root).mode
+            solved[mask.tobytes()] = _population(model, empty, root, mode)
+        return model, solved[mask.tobytes()]
 
     return base, notes
+
+
+def tempered_population(
+    model: Any, items: Item, rows: Rows, pooled: Pooled, validation: Rows | None
+) -> tuple[Base, dict[str, Any]]:
+    """`population_by_newton` with its likelihood raised to the exponent that predicts validation rows best."""
+    asked = validation if validation is not None and len(validation.target) else None
+    tried, found = {}, {}
+    for exponent in pooled.population_temper if asked is not None else pooled.population_temper[:1]:
+        base, notes = population_by_newton(
+            model, items, tempered(rows, exponent), parts=pooled.population_parts, skip=not pooled.population
+        )
+        found[exponent] = base, notes | {"population_temper": exponent}
+        tried[exponent] = 0.0
+        if asked is not None:
+            mean = row_log_odds(*base(None), items, strangers(asked))
+            tried[exponent] = validation_nats(mean, np.zeros_like(mean), asked)
+    base, notes = found[min(tried, key=lambda exponent: tried[exponent])]
+    if len(tried) > 1:
+        notes |= {"population_temper_validation_nll": {str(k): v for k, v in tried.items()}}
+    return base, notes
+
+
+def tempered(rows: Rows, exponent: float) -> Rows:
+    """Rows whose likelihood is raised to a power."""
+    return rows.replace(weight=(rows.weight * exponent).astype(np.float32))
+
+
+def _shared(model: Any, root: np.ndarray, parts: tuple[str, ...] | None) -> np.ndarray:
+    """A root without the gain, which is a user's alone, and without parts that are not asked for."""
+    names = np.array(part_names(neutral(model)))
+    keep = names != "gain" if parts is None else np.isin(names, parts)
+    return np.where(keep, root, 0.0).astype(np.float32)
 
 
 def _population(model: Any, table: Users, root: np.ndarray, mode: np.ndarray) -> Users:

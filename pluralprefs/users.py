@@ -9,6 +9,9 @@ careful judge sharpens the population's log-odds, a careless one flattens them. 
 so that zero deviation gives l(base), whatever the family. `offset` is the out-of-fold correction of the population's
 log-odds (zero outside of a two-stage fit), `scale` the inverse temperature of families whose scores are not log-odds.
 
+`residual` is the variance of a row's log-odds that no level explains (a user's effect of this very item): predictions
+are moderated by it, and validation rows teach it.
+
 Priors are Gaussian. `Pooled` says which levels exist and how their covariances are tied: "block" learns one variance
 per part of the state (a linear weight, a kernel weight, an item effect, the gain), "full" a whole matrix. Strengths
 are learned by empirical Bayes, prior covariance = mean(m m' + C) over the level's posteriors, never by gradient on
@@ -40,8 +43,11 @@ class Pooled:
     rounds       empirical-Bayes rounds
     temper       exponents of a user's likelihood to choose from on validation: pairs derived from one ordering or one
                  set of votes are not independent, and a covariance that trusts them all falls below the population
+    population_temper   the same for the population's and the communities' likelihood, chosen first
     cross_fit    what the out-of-fold population scores are folded by: "pair", "item", "prompt" or None (in-sample)
+    residual     the variance that no level explains; True learns it on validation
     parts        parts of the state that may deviate at user level (None: all)
+    population_parts   parts that the population and the communities have (None: all)
     population   whether there is a shared population at all; without one, users are individuals
     """
 
@@ -51,9 +57,12 @@ class Pooled:
     strength: float = 0.5
     rounds: int = 8
     temper: tuple[float, ...] = (1.0,)
+    population_temper: tuple[float, ...] = (1.0,)
     cross_fit: str | None = "pair"
     folds: int = 5
+    residual: float | bool = 0.0
     parts: tuple[str, ...] | None = None
+    population_parts: tuple[str, ...] | None = None
     population: bool = True
 
 
@@ -75,6 +84,7 @@ class Users(Replaceable):
     community_root: Float[Array, " size"] | Float[Array, "size size"]
     user_root: Float[Array, " size"] | Float[Array, "size size"]
     scale: Float[Array, ""]
+    residual: Float[Array, ""]
 
     @classmethod
     def init(cls, model: RewardModel, *, users: int, communities: int, strength: float = 0.5) -> Users:
@@ -83,7 +93,7 @@ class Users(Replaceable):
         vector, _ = ravel_pytree(neutral)
         zeros = lambda rows: jax.tree.map(lambda x: jnp.zeros((rows, *x.shape)), neutral)  # noqa: E731
         root = jnp.full(vector.shape, strength)
-        return cls(model.init_user(), zeros(communities), zeros(users), root, root, jnp.ones(()))
+        return cls(model.init_user(), zeros(communities), zeros(users), root, root, jnp.ones(()), jnp.zeros(()))
 
 
 def gather(users: Users, community: Int[Array, ""], user: Int[Array, ""]) -> tuple[User, Deviation]:

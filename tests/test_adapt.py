@@ -1,5 +1,8 @@
 """Laplace oracles: prior, dense inverse Hessian, likelihood limit, the two routes, coverage."""
 
+import subprocess
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -105,6 +108,42 @@ def test_the_route_through_items_equals_the_route_through_rows():
     np.testing.assert_allclose(by_rows.evidence, by_items.evidence, rtol=1e-4)
     whitened = [np.eye(4) - np.asarray(s.jacobian.T @ latent_precision(s) @ s.jacobian) for s in (by_rows, by_items)]
     np.testing.assert_allclose(*whitened, atol=2e-4)
+
+
+def test_the_route_through_row_differences_equals_the_route_through_items():
+    draw = np.random.default_rng(4)
+    model = linear(3)
+    x = arrays(Item(embedding=draw.normal(size=(6, 3)).astype(np.float32)))
+    a, b = draw.integers(0, 6, 5), draw.integers(0, 6, 5)
+    zero, target, one = np.zeros(5, np.float32), draw.random(5).astype(np.float32), np.ones(5, np.float32)
+    root, scale = jnp.full(4, 0.8), jnp.ones(())
+    through_items = solve_items(model, x, Judgements(a, b, zero, zero, target, one), root, scale, steps=20)
+    place = Judgements(np.arange(5), np.full(5, -1), zero, zero, target, one)
+    through_rows = solve_items(model, pick(x, a), place, root, scale, minus=pick(x, b), steps=20)
+    np.testing.assert_allclose(through_items.mode, through_rows.mode, atol=2e-4)
+    np.testing.assert_allclose(through_items.evidence, through_rows.evidence, rtol=1e-4)
+
+
+def test_hundreds_of_users_with_more_comparisons_than_unknowns_do_not_deadlock():
+    """A batched Cholesky solve in Newton's loop hung at 0 % CPU on jax 0.10; a process of its own can be killed."""
+    program = """
+import jax, jax.numpy as jnp, numpy as np
+from pluralprefs.adapt import Judgements
+from pluralprefs.fitting import _solve_item_bucket
+from pluralprefs.models.bradley_terry import BradleyTerry
+from pluralprefs.types import Item
+draw, units, size, n = np.random.default_rng(0), 809, 33, 64
+items = Item(embedding=jnp.asarray(draw.normal(size=(300, size)), jnp.float32))
+model = BradleyTerry.init(key=jax.random.key(0), dim=size, item_effects=False)
+one, zero = np.ones((units, n), np.float32), np.zeros((units, n), np.float32)
+rows = Judgements(draw.integers(0, n, (units, n)), draw.integers(0, n, (units, n)), zero, zero, one, one)
+local = draw.integers(0, 300, (units, n))
+for _ in range(3):
+    found = _solve_item_bucket(model, items, local, None, rows, jnp.full(size + 1, 0.1), jnp.float32(1), False)
+print(float(found[3]))
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=True)
+    assert np.isfinite(float(done.stdout))
 
 
 def test_ninety_per_cent_intervals_cover_users_drawn_from_the_prior():

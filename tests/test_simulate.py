@@ -361,9 +361,9 @@ def test_impossible_requests_say_what_to_change():
         hierarchical(comparisons_per_user=10_000)
     with pytest.raises(ValueError, match="multiple of"):
         cyclic(items=91)
-    with pytest.raises(ValueError, match="'free' or 'simplex'"):
+    with pytest.raises(ValueError, match="'free', 'simplex' or 'softmax'"):
         low_rank(weights="cube")
-    with pytest.raises(ValueError, match="'dirichlet' or 'one_hot'"):
+    with pytest.raises(ValueError, match="'dirichlet', 'softmax' or 'one_hot'"):
         ideal_point(mixture="cube")
     with pytest.raises(ValueError, match="'davidson'"):
         noisy(cyclic(), ties="often")

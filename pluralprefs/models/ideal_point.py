@@ -33,12 +33,19 @@ class IdealPoint:
     squared: bool = struct.field(pytree_node=False, default=False)
 
     @classmethod
-    def init(cls, *, key: Key, dim: int, prototypes: int = 4, point: int = 64, squared: bool = False, **_: Any) -> Self:
-        """`point` is the dimension of the ideal-point space; `squared` uses squared distances."""
+    def init(
+        cls, *, key: Key, dim: int, prototypes: int = 4, point: int = 64, hidden: tuple[int, ...] | None = None,
+        squared: bool = False, **_: Any,
+    ) -> Self:  # fmt: skip
+        """`point` is the dimension of the ideal-point space, `hidden` sizes f's layers (one of `point`; () is linear).
+
+        `squared` uses squared distances.
+        """
+        layers = (point,) if hidden is None else hidden
         first, second = jax.random.split(key)
         points = jax.random.normal(second, (prototypes, dim))
         points = points / jnp.linalg.norm(points, axis=1, keepdims=True)
-        return cls(init_mlp(first, (dim, point, point)), points, jnp.zeros(()), squared)
+        return cls(init_mlp(first, (dim, *layers, point)), points, jnp.zeros(()), squared)
 
     def init_user(self) -> Float[Array, " prototypes"]:
         return jnp.zeros(self.points.shape[0])
@@ -62,12 +69,19 @@ class IdealDirection:
     log_scale: Float[Array, ""]
 
     @classmethod
-    def init(cls, *, key: Key, dim: int, prompt_dim: int = 0, prototypes: int = 4, point: int = 64, **_: Any) -> Self:
-        """`prompt_dim` is 0 where the data has no prompt embedding. log_scale starts at log(1/0.07)."""
+    def init(
+        cls, *, key: Key, dim: int, prompt_dim: int = 0, prototypes: int = 4, point: int = 64,
+        hidden: tuple[int, ...] | None = None, **_: Any,
+    ) -> Self:  # fmt: skip
+        """`prompt_dim` is 0 where the data has no prompt embedding; `hidden` sizes the layers of f and of each g_k.
+
+        One layer of `point` by default; () makes them linear. log_scale starts at log(1/0.07).
+        """
+        layers = (point,) if hidden is None else hidden
         first, second = jax.random.split(key)
-        sizes = (max(prompt_dim, 1), point, point)
+        sizes = (max(prompt_dim, 1), *layers, point)
         heads = jax.vmap(lambda k: init_mlp(k, sizes))(jax.random.split(second, prototypes))
-        return cls(init_mlp(first, (dim, point, point)), heads, jnp.log(1 / 0.07))
+        return cls(init_mlp(first, (dim, *layers, point)), heads, jnp.log(1 / 0.07))
 
     def init_user(self) -> Float[Array, " prototypes"]:
         return jnp.zeros(self.prompt_projectors[0]["bias"].shape[0])

@@ -8,7 +8,16 @@ from pluralprefs.data.simulate.bayes import (
     summarise,
 )
 from pluralprefs.data.simulate.states import Noise
-from pluralprefs.data.simulate.worlds import World, attribute_table, cyclic, hierarchical, ideal_point, low_rank, noisy
+from pluralprefs.data.simulate.worlds import (
+    World,
+    attribute_table,
+    cyclic,
+    hierarchical,
+    ideal_direction,
+    ideal_point,
+    low_rank,
+    noisy,
+)
 
 __all__ = [
     "Noise",
@@ -18,6 +27,7 @@ __all__ = [
     "bayes_predictions",
     "cyclic",
     "hierarchical",
+    "ideal_direction",
     "ideal_point",
     "low_rank",
     "noisy",

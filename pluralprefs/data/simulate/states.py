@@ -91,6 +91,23 @@ class Distance:
 
 
 @dataclass(frozen=True)
+class Angle:
+    """Log-odds of an ideal direction that is a mixture of directions: a difference of cosines."""
+
+    items: Float[np.ndarray, "items point"]
+    directions: Float[np.ndarray, "prototypes point"]
+    scale: float | None
+
+    def __call__(
+        self, states: Float[np.ndarray, "samples prototypes"], pairs: Pairs
+    ) -> Float[np.ndarray, "samples rows"]:
+        ideal = states @ self.directions
+        ideal = ideal / np.linalg.norm(ideal, axis=1, keepdims=True)
+        unit = self.items / np.linalg.norm(self.items, axis=1, keepdims=True)
+        return to_log_odds(ideal @ (unit[pairs.first] - unit[pairs.second]).T, self.scale)
+
+
+@dataclass(frozen=True)
 class Cycle:
     """Rock, paper, scissors: type t beats type t + 1 (mod 3) for a state of +1, and loses to it for -1."""
 
@@ -153,6 +170,24 @@ class Dirichlet:
         logits = np.concatenate([free, np.zeros((len(free), 1))], axis=1)
         top = logits.max(1, keepdims=True)
         return logits - top - np.log(np.exp(logits - top).sum(1, keepdims=True))
+
+
+@dataclass(frozen=True)
+class Softmax:
+    """Weights softmax(omega) with omega ~ N(0, std^2), the prior of PAL (arXiv 2406.08469); omega is free."""
+
+    size: int
+    std: float
+
+    def sample(self, rng: np.random.Generator, samples: int) -> Float[np.ndarray, "samples free"]:
+        return self.std * rng.standard_normal((samples, self.size))
+
+    def log_density(self, free: Float[np.ndarray, "samples free"]) -> Float[np.ndarray, " samples"]:
+        return -0.5 * ((free / self.std) ** 2 + math.log(2 * math.pi * self.std**2)).sum(1)
+
+    def states(self, free: Float[np.ndarray, "samples free"]) -> Float[np.ndarray, "samples size"]:
+        power = np.exp(free - free.max(1, keepdims=True))
+        return power / power.sum(1, keepdims=True)
 
 
 @dataclass(frozen=True)

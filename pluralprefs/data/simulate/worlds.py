@@ -32,6 +32,7 @@ from pluralprefs.data.simulate.rows import (
     triangle_rows,
 )
 from pluralprefs.data.simulate.states import (
+    Angle,
     Cycle,
     Dirichlet,
     Distance,
@@ -42,6 +43,7 @@ from pluralprefs.data.simulate.states import (
     Noise,
     Pairs,
     Prior,
+    Softmax,
 )
 
 
@@ -146,12 +148,14 @@ def low_rank(
     rank: int = 3,
     weights: str = "free",
     concentration: float = 0.5,
+    std: float = 2.0,
     scale: float = 2.0,
     seed: int = 0,
 ) -> World:
     """Draw users r_u(y) = scale e' V w_u with V of `rank` orthonormal columns.
 
-    weights="free": w_u ~ N(0, I), so that the population has no preference; "simplex": w_u ~ Dirichlet(concentration).
+    weights="free": w_u ~ N(0, I), so that the population has no preference; "simplex": w_u ~ Dirichlet(concentration);
+    "softmax": w_u = softmax(omega), omega ~ N(0, std^2).
     """
     layout = draw_layout(users, items, prompts, seed)
     features = stream(seed, "items").standard_normal((items, dim))
@@ -160,8 +164,10 @@ def low_rank(
         prior, states = Gaussian(np.zeros(rank), np.ones(rank)), _gaussian(users, rank, 1.0, seed)
     elif weights == "simplex":
         prior, states = _dirichlet(users, rank, concentration, seed)
+    elif weights == "softmax":
+        prior, states = _softmax(users, rank, std, seed)
     else:
-        raise ValueError(f"weights={weights!r}: use 'free' or 'simplex'")
+        raise ValueError(f"weights={weights!r}: use 'free', 'simplex' or 'softmax'")
     return assemble(
         f"low_rank/{weights}",
         layout,
@@ -186,6 +192,7 @@ def ideal_point(
     delta: float = 2.0,
     mixture: str = "dirichlet",
     concentration: float = 0.5,
+    std: float = 2.0,
     scale: float | None = 4.0,
     seed: int = 0,
 ) -> World:
@@ -193,14 +200,14 @@ def ideal_point(
 
     l = scale (|f(e_second) - a_u| - |f(e_first) - a_u|), where f is a random linear map from `dim` to `point`
     coordinates and items are N(0, I/dim), so that |f(e)|^2 is about `point`; a_u = sum_k w_uk p_k with prototypes at
-    pairwise distance >= `delta`. mixture="dirichlet" draws w_u from Dirichlet(concentration); "one_hot" gives every
-    user one prototype. scale=None makes labels the sign of l.
+    pairwise distance >= `delta`. mixture="dirichlet" draws w_u from Dirichlet(concentration), "softmax" is
+    softmax(N(0, std^2)); "one_hot" gives every user one prototype. scale=None makes labels the sign of l.
     """
     layout, shared = draw_layout(users, items, prompts, seed), stream(seed, "shared")
     features = stream(seed, "items").standard_normal((items, dim)) / np.sqrt(dim)
     projection = shared.standard_normal((dim, point))
     centres = _separated(shared, prototypes, point, delta)
-    prior, states = _mixture(users, prototypes, mixture, concentration, seed)
+    prior, states = _mixture(users, prototypes, mixture, concentration, std, seed)
     return assemble(
         f"ideal_point/{mixture}",
         layout,
@@ -208,6 +215,44 @@ def ideal_point(
         features,
         truth={"projection": projection, "prototypes": centres, "user": states},
         log_odds=Distance(features @ projection, centres, scale),
+        prior=prior,
+        seed=seed,
+    )
+
+
+def ideal_direction(
+    *,
+    users: int = 60,
+    items: int = 120,
+    comparisons_per_user: int = 80,
+    prompts: int = 10,
+    dim: int = 16,
+    point: int = 4,
+    prototypes: int = 3,
+    delta: float = 2.0,
+    mixture: str = "dirichlet",
+    concentration: float = 0.5,
+    std: float = 2.0,
+    scale: float | None = 6.0,
+    seed: int = 0,
+) -> World:
+    """Draw users of the ideal-direction model (PAL-B, arXiv 2406.08469) whose directions do not depend on the prompt.
+
+    l = scale (cos(f(e_first), z_u) - cos(f(e_second), z_u)) with z_u = sum_k w_uk g_k, w_u as in
+    `ideal_point`, f a random linear map and directions g_k at pairwise distance >= `delta`.
+    """
+    layout, shared = draw_layout(users, items, prompts, seed), stream(seed, "shared")
+    features = stream(seed, "items").standard_normal((items, dim)) / np.sqrt(dim)
+    projection = shared.standard_normal((dim, point))
+    directions = _separated(shared, prototypes, point, delta)
+    prior, states = _mixture(users, prototypes, mixture, concentration, std, seed)
+    return assemble(
+        f"ideal_direction/{mixture}",
+        layout,
+        random_rows(layout, comparisons_per_user, seed),
+        features,
+        truth={"projection": projection, "directions": directions, "user": states},
+        log_odds=Angle(features @ projection, directions, scale),
         prior=prior,
         seed=seed,
     )
@@ -306,11 +351,18 @@ def _dirichlet(users: int, size: int, concentration: float, seed: int):
     return prior, prior.states(prior.sample(stream(seed, "users"), users))
 
 
-def _mixture(users: int, prototypes: int, mixture: str, concentration: float, seed: int):
+def _softmax(users: int, size: int, std: float, seed: int):
+    prior = Softmax(size, std)
+    return prior, prior.states(prior.sample(stream(seed, "users"), users))
+
+
+def _mixture(users: int, prototypes: int, mixture: str, concentration: float, std: float, seed: int):
     if mixture == "dirichlet":
         return _dirichlet(users, prototypes, concentration, seed)
+    if mixture == "softmax":
+        return _softmax(users, prototypes, std, seed)
     if mixture != "one_hot":
-        raise ValueError(f"mixture={mixture!r}: use 'dirichlet' or 'one_hot'")
+        raise ValueError(f"mixture={mixture!r}: use 'dirichlet', 'softmax' or 'one_hot'")
     atoms = np.eye(prototypes)
     chosen = stream(seed, "users").integers(prototypes, size=users)
     return Finite(atoms, np.full(prototypes, 1 / prototypes)), atoms[chosen]
@@ -333,7 +385,13 @@ def attribute_table(world: str, **sizes: Any) -> pl.DataFrame:
     >>> attribute_table("hierarchical", users=6, comparisons_per_user=4).height
     24
     """
-    makers = {"hierarchical": hierarchical, "low_rank": low_rank, "ideal_point": ideal_point, "cyclic": cyclic}
+    makers = {
+        "hierarchical": hierarchical,
+        "low_rank": low_rank,
+        "ideal_point": ideal_point,
+        "ideal_direction": ideal_direction,
+        "cyclic": cyclic,
+    }
     if world not in makers:
         raise ValueError(f"world {world!r} is none of {', '.join(makers)}")
     return makers[world](**sizes).attribute_table()
