@@ -54,12 +54,13 @@ def plainly(command: Callable[..., None]) -> Callable[..., None]:
     return wrapped
 
 
-@app.command(epilog="Example: pluralprefs train experiments/ukpconvarg1.py --set model.prototypes=8 --seeds 0,1,2")
+@app.command(epilog="Example: pluralprefs train experiments/ukpconvarg1.py --only ideal_point --seeds 0,1,2")
 @plainly
 def train(
     source: Annotated[Path, typer.Argument(help="An experiment file that defines `experiment`, or a run folder.")],
     assignments: Set = None,
     seeds: Seeds = None,
+    only: Annotated[str | None, typer.Option(help="Names of experiments, where the file has several: a,b")] = None,
     root: Root = Path("runs"),
     debug: Annotated[bool, typer.Option(help="Show tracebacks.")] = False,
 ) -> None:
@@ -69,12 +70,13 @@ def train(
     from pluralprefs.describe import override
     from pluralprefs.launch import run
 
-    experiment = _experiment(source)
+    experiments = _experiments(source, only)
     for assignment in assignments or ():
-        experiment = override(experiment, assignment)
+        experiments = [override(experiment, assignment) for experiment in experiments]
     if seeds is not None:
-        experiment = replace(experiment, seeds=_seeds(seeds))
-    _finish(run(experiment, root=root, tell=say))
+        experiments = [replace(experiment, seeds=_seeds(seeds)) for experiment in experiments]
+    for experiment in experiments:
+        _finish(run(experiment, root=root, tell=say))
 
 
 @app.command(epilog="Example: pluralprefs fit my.jsonl --model low_rank --encoder minilm --user-column annotator")
@@ -212,20 +214,27 @@ def _named(table: pl.DataFrame, users: dict[str, Any]) -> pl.DataFrame:
     return table.with_columns(pl.col("user_id").fill_null(next(iter(users))))
 
 
-def _experiment(source: Path) -> Experiment:
+def _experiments(source: Path, only: str | None) -> list[Experiment]:
+    """The experiments of a file (`experiment`, or `experiments` by name) or of a run folder."""
     from pluralprefs.describe import resolve
     from pluralprefs.experiment import Experiment
     from pluralprefs.registry import open_run
 
+    named: Any = {}
     if source.is_dir():
-        found = resolve(open_run(source).read()["experiment"])
+        named = {"experiment": resolve(open_run(source).read()["experiment"])}
     elif source.suffix == ".py" and source.exists():
-        found = runpy.run_path(str(source)).get("experiment")
+        defined = runpy.run_path(str(source))
+        named = defined.get("experiments", {name: defined[name] for name in ("experiment",) if name in defined})
     else:
         raise ValueError(f"{source}: neither an experiment file (.py) nor a run folder")
-    if not isinstance(found, Experiment):
+    if not named or not all(isinstance(found, Experiment) for found in named.values()):
         raise ValueError(f"{source}: defines no `experiment`; set experiment = Experiment(...)")
-    return found
+    wanted = only.split(",") if only else list(named)
+    unknown = [name for name in wanted if name not in named]
+    if unknown:
+        raise ValueError(f"{source}: --only {','.join(unknown)}: it has {', '.join(named)}")
+    return [named[name] for name in wanted]
 
 
 def _seeds(text: str) -> tuple[int, ...]:
@@ -243,13 +252,10 @@ def _load(path: Path) -> Run:
 
 def _finish(run: Run) -> None:
     """Print the results table, then the run folder alone on the last line."""
-    import polars as pl
-
     from pluralprefs.results import results_table
 
-    metrics = pl.read_ndjson(Path(run.folder.path) / "metrics.jsonl", infer_schema_length=None)
-    if metrics.height:
-        say(results_table(metrics))
+    metrics = run.folder.table("metrics")
+    say(results_table(metrics) if metrics.height else "no comparison is held out for testing, so there are no metrics")
     say(str(run.folder.path))
 
 

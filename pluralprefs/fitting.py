@@ -14,7 +14,7 @@ mean(m^2 + C) and reaches them in a few rounds; whole matrices use mean(m m' + C
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
@@ -309,17 +309,57 @@ def fit_strength(
     model: RewardModel, users: Users, items: Item, rows: Rows, unit: np.ndarray, count: int, root: np.ndarray,
     *, rounds: int, care: bool = False,
 ) -> tuple[np.ndarray, Moments]:  # fmt: skip
-    """Alternate the units' posteriors and the prior until its root moves by less than 2 %, at most `rounds` times."""
+    """Learn a level's prior root and return it with its units' posteriors.
+
+    The units' posteriors and the prior alternate until the root moves by less than 2 %, at most `rounds` times; then
+    each part's strength goes to the maximum of the Laplace evidence. The last step matters: a fixed point in terms of
+    posterior modes is too narrow (0.41 for 0.50 at 65 comparisons a user and 8 weights), the evidence is not.
+    """
     names, full = part_names(neutral(model)), root.ndim == 2
-    moments = solve_level(model, users, items, rows, unit, count, root, full=full, care=care)
+    solve = partial(solve_level, model, users, items, rows, unit, count, full=full, care=care)
+    moments = solve(root)
     for _ in range(rounds):
         new = updated_root(root, moments, names)
         moved = np.abs(new - root).max() / max(np.abs(root).max(), 1e-9)
         root = new
-        moments = solve_level(model, users, items, rows, unit, count, root, full=full, care=care)
+        moments = solve(root)
         if moved < 0.02:
             break
+    if rounds and count > 1 and (unit >= 0).any():
+        labels = np.array(names)
+        parts = [np.ones(len(names), bool)] if full else [labels == name for name in dict.fromkeys(names)]
+        for part in parts:
+            root, moments = _at_most_evidence(root, moments, solve, part)
     return root, moments
+
+
+def _at_most_evidence(
+    root: np.ndarray, moments: Moments, solve: Callable[[np.ndarray], Moments], part: np.ndarray, *, step: float = 0.25
+) -> tuple[np.ndarray, Moments]:
+    """Move the strength of a part to the maximum of the evidence, by parabolas in its logarithm."""
+    if not np.abs(root[part]).max(initial=0.0) > np.sqrt(2 * FLOOR):
+        return root, moments
+
+    def scaled(log_factor: float) -> np.ndarray:
+        new = root.copy()
+        new[part] *= np.exp(log_factor)
+        return new
+
+    seen, best = {0.0: moments}, 0.0
+    for _ in range(3):
+        best = max(seen, key=lambda at: seen[at].evidence)
+        for at in (best - step, best + step):
+            if at not in seen:
+                seen[at] = solve(scaled(at))
+        if all(seen[best].evidence >= seen[at].evidence for at in (best - step, best + step)):
+            break
+    low, middle, high = (seen[at].evidence if at in seen else -np.inf for at in (best - step, best, best + step))
+    bend = low + high - 2 * middle
+    if np.isfinite(bend) and bend < 0:
+        vertex = best + float(np.clip(0.5 * step * (low - high) / bend, -step, step))
+        seen[vertex] = solve(scaled(vertex))
+    best = max(seen, key=lambda at: seen[at].evidence)
+    return scaled(best), seen[best]
 
 
 def deviations(model: RewardModel, root: np.ndarray, mode: np.ndarray) -> Deviation:
