@@ -4,7 +4,7 @@ Reference: the fixed protocol's best pooled users reach 99.8 % from 2 shots on u
 at 32 shots on mixtures (ideal: 77.3 %, 0.443).
 Command: PLURALPREFS_DATA=... pluralprefs train experiments/persona.py [--only mix_low_rank]
 Result (2026-11-21, low_rank, seed 0, under a minute on 2 shared CPU cores): cross 99.9 [99.7, 100.0] from 2 shots;
-mixtures 76.7 [73.6, 80.0]; 0.470 at 32 shots. Intervals are over users. The other families were not run on this set yet.
+mixtures 76.7 [73.6, 80.0]; 0.470 at 32 shots. Intervals are over users. The other families were not run here yet.
 """
 
 import os
