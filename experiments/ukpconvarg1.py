@@ -5,8 +5,8 @@ Reference: the fixed protocol's best pooled users reach 78.9 %, 0.439 nats on se
 seen/newprompt.
 Command: PLURALPREFS_DATA=... pluralprefs train experiments/ukpconvarg1.py [--only bradley_terry]
 Result (2026-11-21, bradley_terry, one fit, it has no random part; 9 minutes on 2 shared CPU cores; before user
-strengths went to the maximum of the evidence): seen/testpair 80.0 [78.0, 81.8]; 0.428, seen/newprompt 71.8 [69.5, 73.9];
-0.536, unseen/testpair at 32 shots 77.5 [75.1, 79.7]; 0.469. The wrong user costs 1.6 [0.6, 2.6] points on
+strengths went to the maximum of the evidence): seen/testpair 80.0 [78.0, 81.8]; 0.428, seen/newprompt 71.8
+[69.5, 73.9]; 0.536, unseen/testpair at 32 shots 77.5 [75.1, 79.7]; 0.469. The wrong user costs 1.6 [0.6, 2.6] points on
 seen/testpair. Intervals are over users. The other families were not run on this set yet.
 """
 
