@@ -17,7 +17,7 @@ from pluralprefs.experiment import FAMILIES, Experiment
 
 DATA = os.environ.get("PLURALPREFS_DATA", "../shared/data")
 
-base = {
+experiments = {
     name: Experiment(
         data=partial(protocol.load, DATA, "food"),
         support=partial(protocol.shots, DATA, "food"),
@@ -25,9 +25,7 @@ base = {
         name=name,
         data_name="food",
         seeds=(0,) if name in ("bradley_terry", "individual") else (0, 1, 2),
-        **(FAMILIES[name] | {"features": {}}),
+        **{**FAMILIES[name], "features": {}},
     )
     for name in FAMILIES
 }
-
-experiments = base

@@ -62,21 +62,27 @@ def train(
     seeds: Seeds = None,
     only: Annotated[str | None, typer.Option(help="Names of experiments, where the file has several: a,b")] = None,
     root: Root = Path("runs"),
+    resume: Annotated[bool, typer.Option("--resume", help="Continue the run folder SOURCE where it stopped.")] = False,
     debug: Annotated[bool, typer.Option(help="Show tracebacks.")] = False,
 ) -> None:
-    """Run an experiment file, or repeat a recorded run. The last line is the new run folder."""
+    """Run an experiment file, repeat a recorded run, or continue one. The last line is the run folder."""
     from dataclasses import replace
 
+    from pluralprefs import launch
     from pluralprefs.describe import override
-    from pluralprefs.launch import run
 
+    if resume:
+        if assignments or seeds is not None or only:
+            raise ValueError("--resume goes on with the recorded experiment: leave out --set, --seeds and --only")
+        _finish(launch.resume(source, tell=say))
+        return
     experiments = _experiments(source, only)
     for assignment in assignments or ():
         experiments = [override(experiment, assignment) for experiment in experiments]
     if seeds is not None:
         experiments = [replace(experiment, seeds=_seeds(seeds)) for experiment in experiments]
     for experiment in experiments:
-        _finish(run(experiment, root=root, tell=say))
+        _finish(launch.run(experiment, root=root, tell=say))
 
 
 @app.command(epilog="Example: pluralprefs fit my.jsonl --model low_rank --encoder minilm --user-column annotator")

@@ -12,6 +12,7 @@ import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -32,7 +33,7 @@ from pluralprefs.models.bradley_terry import BradleyTerry
 from pluralprefs.models.ideal_point import IdealDirection, IdealPoint
 from pluralprefs.models.low_rank import LowRank
 from pluralprefs.pooling import fit_pooled, tempered_population
-from pluralprefs.training import gradient_base, temperature_scale
+from pluralprefs.training import Report, gradient_base, temperature_scale
 from pluralprefs.types import Item, LinearInUser, Reduction
 from pluralprefs.users import Pooled, Users
 
@@ -169,28 +170,33 @@ def _training_items(table: pl.DataFrame) -> tuple[str, ...]:
     return tuple(sorted(set(rows["first_id"]) | set(rows["second_id"])))
 
 
-def fit_seed(experiment: Experiment, prepared: Prepared, seed: int) -> Fitted:
+def fit_seed(
+    experiment: Experiment, prepared: Prepared, seed: int, *, checkpoints: Path | None = None,
+    report: Report | None = None,
+) -> Fitted:  # fmt: skip
     """Fit one seed on training and (with `refit`) validation rows.
 
     What is chosen on validation rows (a temperature, a tempering exponent, the residual variance) is chosen by a fit
-    without them first.
+    without them first. Gradient training calls `report` after each epoch and continues from the folder `checkpoints`,
+    which must hold nothing but this seed's.
     """
+    fit = partial(_fit, seed=seed, checkpoints=checkpoints, report=report)
     cell = prepared.table["cell"].to_numpy()
     train = take(prepared.rows, np.flatnonzero(np.isin(cell, TRAINING)))
     validation = take(prepared.rows, np.flatnonzero(cell == "validation"))
     if not len(validation.target):
-        return _fit(experiment, prepared, train, None, experiment.users, seed)
+        return fit(experiment, prepared, train, None, experiment.users)
     pooled = experiment.users
     offers = max(len(pooled.temper), len(pooled.population_temper))
     model = new_model(experiment, prepared.features, prepared.vocabulary, prepared.maps, seed)
     by_gradient = not isinstance(model, LinearInUser) or bool(jax.tree.leaves(model))
     choose = offers > 1 or pooled.residual is True or by_gradient or not isinstance(experiment.likelihood, Logistic)
     if not experiment.refit:
-        return _fit(experiment, prepared, train, validation, experiment.users, seed)
+        return fit(experiment, prepared, train, validation, experiment.users)
     everything = take(prepared.rows, np.flatnonzero(np.isin(cell, FINAL)))
     if not choose:
-        return _fit(experiment, prepared, everything, None, experiment.users, seed)
-    chosen = _fit(experiment, prepared, train, validation, experiment.users, seed)
+        return fit(experiment, prepared, everything, None, experiment.users)
+    chosen = fit(experiment, prepared, train, validation, experiment.users)
     settled = replace(
         pooled,
         temper=(chosen.notes.get("temper", 1.0),),
@@ -198,14 +204,14 @@ def fit_seed(experiment: Experiment, prepared: Prepared, seed: int) -> Fitted:
         residual=float(chosen.users.residual),
     )
     experiment = replace(experiment, epochs=chosen.notes.get("epochs", experiment.epochs))
-    fitted = _fit(experiment, prepared, everything, None, settled, seed, scale=float(chosen.users.scale))
+    fitted = fit(experiment, prepared, everything, None, settled, scale=float(chosen.users.scale), stage="refit")
     kept = {k: v for k, v in chosen.notes.items() if k.endswith("validation_nll") or k == "residual"}
     return replace(fitted, notes=fitted.notes | kept)
 
 
 def _fit(
-    experiment: Experiment, prepared: Prepared, rows: Rows, validation: Rows | None, pooled: Pooled, seed: int,
-    scale: float = 1.0,
+    experiment: Experiment, prepared: Prepared, rows: Rows, validation: Rows | None, pooled: Pooled, *,
+    seed: int, scale: float = 1.0, stage: str = "fit", checkpoints: Path | None = None, report: Report | None = None,
 ) -> Fitted:  # fmt: skip
     model = new_model(experiment, prepared.features, prepared.vocabulary, prepared.maps, seed)
     users, communities = len(prepared.vocabulary.users), len(prepared.vocabulary.communities)
@@ -218,6 +224,7 @@ def _fit(
             model, prepared.features, rows, pooled, users=0 if linear else users, likelihood=experiment.likelihood,
             reduction=experiment.reduction, optimizer=experiment.optimizer(), epochs=experiment.epochs,
             batch_size=min(experiment.batch_size, len(rows.target)), seed=seed, validation=validation, notes=notes,
+            checkpoints=checkpoints and checkpoints / stage, report=report,
         )  # fmt: skip
         base(None)  # the folds are trained for as many epochs as suit all rows
     if not isinstance(experiment.likelihood, Logistic):

@@ -3,7 +3,10 @@ exists."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import shutil
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,12 +16,13 @@ import polars as pl
 
 from pluralprefs.contrasts import controls
 from pluralprefs.data import comparisons
-from pluralprefs.describe import describe, override
+from pluralprefs.describe import describe, override, resolve
 from pluralprefs.encoders import load as load_encoder
 from pluralprefs.evaluate import evaluate
 from pluralprefs.experiment import (
     FAMILIES,
     Experiment,
+    Prepared,
     Tell,
     baseline_predictions,
     fingerprint,
@@ -28,8 +32,9 @@ from pluralprefs.experiment import (
     support,
 )
 from pluralprefs.metrics import summarise
-from pluralprefs.registry import create
-from pluralprefs.run import Run, load, save
+from pluralprefs.registry import RunFolder, create, open_run
+from pluralprefs.run import Run, load, save_seed, save_shared
+from pluralprefs.training import Report
 
 
 def run(
@@ -53,27 +58,91 @@ def run(
         root, (experiment.name, experiment.data_name), describe(experiment), seeds=experiment.seeds,
         devices=[str(device) for device in jax.devices()], data_fingerprint=fingerprint(prepared.table),
     )  # fmt: skip
+    return _fill(folder, experiment, prepared, progress, tell)
+
+
+def resume(
+    path: str | Path, *, progress: bool = True, tell: Tell | None = None, table: pl.DataFrame | None = None
+) -> Run:
+    """Continue an interrupted or failed run in its own folder, and return it, loaded.
+
+    Seeds that were fitted are kept; a seed that was being trained by gradient goes on from its last checkpoint and ends
+    as if nothing had happened. A run that is done is returned as it is. Raises DataError where the data have changed.
+    """
+    tell = tell or (lambda _: None)
+    folder = open_run(path)
+    if folder.status == "done":
+        tell(f"{folder.path}: this run is done, there is nothing to resume")
+        return load(folder.path)
+    content = folder.read()
+    experiment = resolve(content["experiment"])
+    prepared = prepare(experiment, table, progress=progress)
+    if fingerprint(prepared.table) != content["data_fingerprint"]:
+        raise comparisons.DataError(f"{folder.path}: the data of {experiment.data_name!r} have changed since this run "
+                                    "began: bring them back, or train again without --resume")  # fmt: skip
+    return _fill(folder, experiment, prepared, progress, tell)
+
+
+def _fill(folder: RunFolder, experiment: Experiment, prepared: Prepared, progress: bool, tell: Tell) -> Run:
+    """Fit the seeds that the folder lacks, each kept as soon as it ends, and record the run."""
     with folder:
         folder.update(leaks=list(prepared.notes), rows=prepared.table.height)
+        save_shared(folder, experiment, prepared)
         draws = support(experiment, prepared.table)
-        parts = [baseline_predictions(prepared.table, experiment.seeds[0])]
-        fits = {}
+        predictions = _predictions_so_far(folder, experiment, prepared)
         for seed in experiment.seeds:
-            fitted = fit_seed(experiment, prepared, seed)
-            fits[seed] = fitted
+            if str(seed) in folder.read().get("notes", {}):
+                tell(f"seed {seed}: fitted before")
+                continue
+            with _epoch_bar(f"seed {seed}", shown=progress) as report:
+                fitted = fit_seed(experiment, prepared, seed, checkpoints=_checkpoints(folder, seed), report=report)
             tell(f"seed {seed}: {summary_line(fitted)}")
-            parts.append(
-                evaluate(fitted, prepared.features, prepared.table, prepared.rows, draws, model=experiment.name,
-                         seed=seed, shots=experiment.shots, adapter=experiment.adapter, controls=experiment.controls)
-            )  # fmt: skip
-        predictions = pl.concat(parts)
-        folder.write_predictions(predictions)
+            found = evaluate(fitted, prepared.features, prepared.table, prepared.rows, draws, model=experiment.name,
+                             seed=seed, shots=experiment.shots, adapter=experiment.adapter,
+                             controls=experiment.controls)  # fmt: skip
+            predictions = pl.concat([predictions, found])
+            folder.write_predictions(predictions)
+            save_seed(folder, experiment, seed, fitted)
+            shutil.rmtree(_checkpoints(folder, seed), ignore_errors=True)
+        shutil.rmtree(folder.path / "checkpoints", ignore_errors=True)
         metric_rows = pl.concat([summarise(predictions, pool_seeds=True), controls(predictions, pool_seeds=True)])
+        (folder.path / "metrics.jsonl").unlink(missing_ok=True)  # of a run that was stopped right here
         folder.append_metrics(metric_rows)
-        folder.update(notes={str(seed): fitted.notes for seed, fitted in fits.items()})
         folder.summarise(_headline(metric_rows, experiment.name))
-        save(folder, experiment, prepared, fits)
     return load(folder.path)
+
+
+def _predictions_so_far(folder: RunFolder, experiment: Experiment, prepared: Prepared) -> pl.DataFrame:
+    """The predictions of the baselines and of the seeds that were fitted before."""
+    baselines = baseline_predictions(prepared.table, experiment.seeds[0])
+    done = [int(seed) for seed in folder.read().get("notes", {})]
+    if not done:
+        return baselines
+    own = (pl.col("model") == experiment.name) & pl.col("seed").is_in(done)
+    return pl.concat([baselines, folder.table("predictions").filter(own)])
+
+
+def _checkpoints(folder: RunFolder, seed: int) -> Path:
+    return folder.path / "checkpoints" / f"seed-{seed}"
+
+
+@contextmanager
+def _epoch_bar(title: str, *, shown: bool) -> Iterator[Report]:
+    """Give a function that shows epochs done on standard error, where that is a terminal."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    trainings, last = 0, 0
+    with Progress(console=Console(stderr=True), disable=not (shown and sys.stderr.isatty()), transient=True) as bar:
+        task = bar.add_task(title, total=None, visible=False)
+
+        def report(done: int, epochs: int, loss: float) -> None:
+            nonlocal trainings, last
+            trainings, last = trainings + (not last or done <= last), done
+            text = f"{title}, training {trainings}: epoch {done}/{epochs}, loss {loss:.4f}"
+            bar.update(task, description=text, completed=done, total=epochs, visible=True)
+
+        yield report
 
 
 def _headline(rows: pl.DataFrame, model: str) -> dict[str, float | None]:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,8 +46,11 @@ from pluralprefs.users import Users, neutral, ravel
 ROW_FIELDS = ("first", "second", "target", "tie", "user", "community", "rater", "source", "offset", "weight")
 
 
-def save(folder: RunFolder, experiment: Experiment, prepared: Prepared, fits: Mapping[int, Fitted]) -> None:
-    """Write what `load` needs. Users' rows are written only where the experiment says so: they are personal data."""
+def save_shared(folder: RunFolder, experiment: Experiment, prepared: Prepared) -> None:
+    """Write what all seeds of a run share: names, sizes, feature maps, encoder.
+
+    Names and items of users are written only where the experiment says so: they are personal data.
+    """
     path = Path(folder.path)
     names = prepared.vocabulary._asdict()
     if not experiment.save_users:
@@ -63,18 +67,30 @@ def save(folder: RunFolder, experiment: Experiment, prepared: Prepared, fits: Ma
         save_arrays(path / "features.safetensors", _arrays(maps))
     if isinstance(prepared.encoder, AttributeEncoder):
         prepared.encoder.save(path / "encoder.json")
-    for seed, fitted in fits.items():
-        users = fitted.users
-        if not experiment.save_users:
-            users = users.replace(user=jax.tree.map(lambda x: x[:0], users.user))
-        store = CheckpointStore(path / "params" / f"seed-{seed}", keep=1)
-        store.save(0, {"model": fitted.model, "users": users})
-        store.close()
-        if experiment.save_users:
-            arrays = {name: np.asarray(getattr(fitted.rows, name)) for name in ROW_FIELDS}
-            save_arrays(path / f"support-{seed}.safetensors", arrays)
     if experiment.save_users:
         save_arrays(path / "items.safetensors", _arrays(prepared.features))
+
+
+def save_seed(folder: RunFolder, experiment: Experiment, seed: int, fitted: Fitted) -> None:
+    """Write the parameters of a fitted seed, then its notes: a seed that has notes in run.json is whole."""
+    path = Path(folder.path)
+    users = fitted.users
+    if not experiment.save_users:
+        users = users.replace(user=jax.tree.map(lambda x: x[:0], users.user))
+    if _full(experiment) and users.user_root.ndim == 1:  # no user to learn a matrix from
+        users = users.replace(user_root=jnp.diag(users.user_root))
+    shutil.rmtree(path / "params" / f"seed-{seed}", ignore_errors=True)  # of a process that ended before the notes
+    store = CheckpointStore(path / "params" / f"seed-{seed}", keep=1)
+    store.save(0, {"model": fitted.model, "users": users})
+    store.close()
+    if experiment.save_users:
+        arrays = {name: np.asarray(getattr(fitted.rows, name)) for name in ROW_FIELDS}
+        save_arrays(path / f"support-{seed}.safetensors", arrays)
+    folder.update(notes={**folder.read().get("notes", {}), str(seed): fitted.notes})
+
+
+def _full(experiment: Experiment) -> bool:
+    return experiment.users.covariance == "full" and "user" in experiment.users.levels
 
 
 def _arrays(tree: Any) -> dict[str, np.ndarray]:
@@ -265,21 +281,22 @@ def _as_strangers(table: pl.DataFrame) -> pl.DataFrame:
 def load(path: str | Path, *, seed: int | None = None) -> Run:
     """Load a run from its folder; `seed` chooses one of its fits, the first by default.
 
-    Raises RegistryError where the folder is no complete run.
+    Raises RegistryError where the folder is no run or the seed is not fitted yet.
     """
     folder = open_run(path)
     content, where = folder.read(), Path(folder.path)
-    if not (where / "sizes.json").exists():
-        raise RegistryError(f"{where}: the run is {content['status']} and has no parameters: train it again")
-    experiment = resolve(content["experiment"])
     chosen = int(content["seeds"][0] if seed is None else seed)
+    if str(chosen) not in content.get("notes", {}):
+        raise RegistryError(f"{where}: the run is {folder.status} and has no parameters of seed {chosen}: continue it "
+                            "with `pluralprefs train --resume`")  # fmt: skip
+    experiment = resolve(content["experiment"])
     names = {name: tuple(v) for name, v in json.loads((where / "vocabulary.json").read_text("utf8")).items()}
     vocabulary = batches.Vocabulary(**names)
     sizes = json.loads((where / "sizes.json").read_text("utf8"))
     model = experiment.model(key=jax.random.key(chosen), **sizes)
     kept = (where / f"support-{chosen}.safetensors").exists()
     like = Users.init(model, users=len(vocabulary.users), communities=len(vocabulary.communities))
-    if experiment.users.covariance == "full" and "user" in experiment.users.levels:
+    if _full(experiment):
         size = neutral_size(model)
         like = like.replace(user_root=jnp.zeros((size, size)))
     store = CheckpointStore(where / "params" / f"seed-{chosen}", keep=1)
@@ -293,7 +310,7 @@ def load(path: str | Path, *, seed: int | None = None) -> Run:
         items = Item(**{name: jnp.asarray(value) for name, value in loaded.items()})
     return Run(
         folder, experiment, params["model"], params["users"], vocabulary, _load_maps(where), _encoder(experiment,
-        where), content.get("notes", {}).get(str(chosen), {}), rows, items, _fingerprint(params),
+        where), content["notes"][str(chosen)], rows, items, _fingerprint(params),
     )  # fmt: skip
 
 

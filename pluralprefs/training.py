@@ -3,12 +3,21 @@
 `gradient_base` trains model, population and (for families whose users are not linear weights) the user table jointly,
 an epoch per `lax.scan`, and returns what `pooling.fit_pooled` builds on: a function from a mask of rows to a model
 and its population. The trained user deviations are dropped: `pooling` solves them again, with uncertainty, out of fold.
+
+With a folder for checkpoints an interrupted fit continues where it was: every training on a mask has its own, saved
+when an epoch ends (no more often than `CHECKPOINT_SECONDS`) and when the training ends, so that what comes before it in
+the seed is read back, not repeated. A batch is a function of (seed, epoch): the bits are those of a fit never stopped.
 """
 
 from __future__ import annotations
 
+import hashlib
+import time
 from collections.abc import Callable
-from typing import Any
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,11 +28,12 @@ from jaxtyping import Array, Float
 from pluralprefs.data.batches import epoch
 from pluralprefs.fitting import Rows, initial_root, row_log_odds, solve_level, strangers, updated_root
 from pluralprefs.pooling import Base
-from pluralprefs.train import comparison_loss, grouped, init_state, make_epoch_step, make_train_step
-from pluralprefs.types import Item, Params, Reduction
+from pluralprefs.train import CheckpointStore, comparison_loss, grouped, init_state, make_epoch_step, make_train_step
+from pluralprefs.types import Item, Params, Reduction, TrainState
 from pluralprefs.users import Pooled, Users, gather, neutral, part_names, penalty
 
-Report = Callable[[int, float], None]
+Report = Callable[[int, int, float], None]
+CHECKPOINT_SECONDS = 10.0  # what a kill can cost
 LEARN_STRENGTH = frozenset(5 * 2**i for i in range(12))
 FROZEN = (("users/.*(root|scale|residual)", "frozen"),)
 
@@ -44,13 +54,16 @@ def gradient_base(
     validation: Rows | None = None,
     notes: dict[str, Any] | None = None,
     report: Report | None = None,
+    checkpoints: Path | None = None,
 ) -> Base:
     """Return base(mask): train from `model`'s initial values on the rows of the mask (None: all of them).
 
     `users` is the size of the user table that is trained beside the model, 0 for a population alone; the strength of
     its prior is learned by empirical Bayes after 5, 10, 20, 40, ... epochs. With `validation` rows the parameters are
     those after the epoch that predicts them best, whose number goes to `notes["epochs"]`. Rows outside of the mask have
-    weight 0, so that every fold shares one compilation. Raises FloatingPointError where the loss is not finite.
+    weight 0, so that every fold shares one compilation. `report(epochs done, epochs, loss)` is called after each epoch;
+    `checkpoints` is a folder that belongs to this very fit, from which it continues (None: keep none). Raises
+    FloatingPointError where the loss is not finite.
     """
     start = Users.init(model, users=users, communities=0)
     if users:
@@ -66,43 +79,107 @@ def gradient_base(
     )
     transform = grouped({"all": optimizer, "frozen": optax.set_to_zero()}, FROZEN, default="all")
     step = jax.jit(make_epoch_step(make_train_step(loss, transform)))
+    asked = validation if validation is not None and len(validation.target) else None
+    training = _Training(step, items, asked, likelihood, epochs, batch_size, seed, users, report)
     trained: dict[bytes, tuple[Any, Users]] = {}
 
     def base(mask: np.ndarray | None) -> tuple[Any, Users]:
         key = b"" if mask is None else mask.tobytes()
         if key not in trained:
             weight = rows.weight if mask is None else np.where(mask, rows.weight, 0.0).astype(np.float32)
-            record = notes if mask is None else None
-            params = _run(step, transform, Params(model, start, likelihood), items, flat.replace(weight=weight), record)
-            trained[key] = (
-                params.model,
-                Users.init(params.model, users=0, communities=0).replace(population=params.users.population),
-            )
+            state = init_state(Params(model, start, likelihood), transform, jax.random.key(seed))
+            folder = checkpoints and checkpoints / hashlib.blake2b(key, digest_size=8).hexdigest()
+            best = training(state, flat.replace(weight=weight), folder)
+            if mask is None and notes is not None and best.epochs:
+                notes.update(epochs=best.epochs, epochs_validation_nll=best.nats)
+            population = Users.init(best.params.model, users=0, communities=0)
+            trained[key] = best.params.model, population.replace(population=best.params.users.population)
         return trained[key]
 
-    def _run(step: Any, transform: Any, params: Params, items: Item, flat: Rows, record: Any) -> Params:
-        state = init_state(params, transform, jax.random.key(seed))
-        best = (np.inf, state.params)
-        for number in range(epochs):
-            if users and number in LEARN_STRENGTH:
-                state = state.replace(params=_learn_strength(state.params, items, flat, users))
-            state, metrics = step(state, (items, epoch(seed, number, flat, batch_size)))
-            value = float(jnp.mean(metrics["loss"]))
-            if not np.isfinite(value):
-                raise FloatingPointError(f"the loss is {value} in epoch {number}: lower the learning rate")
-            if report is not None:
-                report(number, value)
-            if validation is None or not len(validation.target):
-                best = (0.0, state.params)
-                continue
-            nats = _validation_nats(state.params, items, validation, likelihood)
-            if nats < best[0]:
-                best = (nats, state.params)
-                if record is not None:
-                    record.update(epochs=number + 1, epochs_validation_nll=nats)
-        return best[1]
-
     return base
+
+
+@dataclass(frozen=True)
+class _Training:
+    """What the trainings of all masks share."""
+
+    step: Any
+    items: Item
+    validation: Rows | None
+    likelihood: Any
+    epochs: int
+    batch_size: int
+    seed: int
+    users: int
+    report: Report | None
+
+    def __call__(self, state: TrainState, rows: Rows, folder: Path | None) -> _Best:
+        with closing(_Kept(folder, self.epochs)) as kept:
+            done, state, best = kept.latest(state)
+            for number in range(done, self.epochs):
+                state, value = self._epoch(number, state, rows)
+                best = self._better(number + 1, state.params, best)
+                kept.save(number + 1, state, best)
+                if self.report is not None:
+                    self.report(number + 1, self.epochs, value)
+        return best
+
+    def _epoch(self, number: int, state: TrainState, rows: Rows) -> tuple[TrainState, float]:
+        if self.users and number in LEARN_STRENGTH:
+            state = state.replace(params=_learn_strength(state.params, self.items, rows, self.users))
+        state, metrics = self.step(state, (self.items, epoch(self.seed, number, rows, self.batch_size)))
+        value = float(jnp.mean(metrics["loss"]))
+        if not np.isfinite(value):
+            raise FloatingPointError(f"the loss is {value} in epoch {number}: lower the learning rate")
+        return state, value
+
+    def _better(self, done: int, params: Params, best: _Best) -> _Best:
+        if self.validation is None:
+            return _Best(0.0, 0, params)
+        nats = _validation_nats(params, self.items, self.validation, self.likelihood)
+        return _Best(nats, done, params) if nats < best.nats else best
+
+
+class _Best(NamedTuple):
+    """The parameters that predict validation rows best, and after how many epochs; 0 epochs where nothing was asked."""
+
+    nats: float
+    epochs: int
+    params: Params
+
+
+class _Kept:
+    """Checkpoints of one training; without a folder it keeps nothing."""
+
+    def __init__(self, folder: Path | None, epochs: int) -> None:
+        self.store = None if folder is None else CheckpointStore(folder, keep=1)
+        self.epochs, self.saved = epochs, time.monotonic()
+
+    def latest(self, state: TrainState) -> tuple[int, TrainState, _Best]:
+        """Epochs done, the state after them and the best parameters until then; `state` itself at the start."""
+        start = _Best(np.inf, 0, state.params)
+        done = None if self.store is None else self.store.latest()
+        if self.store is None or done is None:
+            return 0, state, start
+        found = self.store.restore(_leaves(state, start))
+        best = _Best(float(found["nats"]), int(found["epochs"]), found["best"])
+        return done, found["state"], best
+
+    def save(self, done: int, state: TrainState, best: _Best) -> None:
+        """Save after the last epoch, and after another where the last save is old."""
+        old = time.monotonic() - self.saved >= CHECKPOINT_SECONDS
+        if self.store is not None and (old or done == self.epochs):
+            self.store.save(done, _leaves(state, best))
+            self.saved = time.monotonic()
+
+    def close(self) -> None:
+        if self.store is not None:
+            self.store.close()
+
+
+def _leaves(state: TrainState, best: _Best) -> dict[str, Any]:
+    numbers = {"nats": np.asarray(best.nats, np.float32), "epochs": np.asarray(best.epochs, np.int32)}
+    return {"state": state, "best": best.params, **numbers}
 
 
 def _validation_nats(params: Params, items: Item, rows: Rows, likelihood: Any) -> float:

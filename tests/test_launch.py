@@ -1,0 +1,115 @@
+"""A run that is stopped anywhere and resumed is the run that was never stopped."""
+
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import pytest
+from tables import write
+
+from pluralprefs import encoders, training
+from pluralprefs.data import comparisons
+from pluralprefs.data.files import DataError
+from pluralprefs.experiment import Experiment
+from pluralprefs.launch import resume, run
+from pluralprefs.models.bradley_terry import BradleyTerry
+from pluralprefs.models.ideal_point import IdealPoint
+from pluralprefs.registry.files import RegistryError
+from pluralprefs.run import load
+from pluralprefs.train import leaf_name
+from pluralprefs.users import Pooled
+
+
+def experiment(data: Path, **parts) -> Experiment:
+    settings = {
+        "model": partial(IdealPoint.init, prototypes=2, hidden=()), "epochs": 4, "batch_size": 64, "seeds": (0, 1),
+        "users": Pooled(gain=False, rounds=1, folds=2, strength=1.0), "shots": (0, 2), "draws": 1, "controls": False,
+        "save_users": True,
+    } | parts  # fmt: skip
+    return Experiment(
+        data=partial(comparisons.read, str(data)), encoder=partial(encoders.load, "attributes"), **settings
+    )
+
+
+def arrays(run):
+    import jax
+
+    leaves = jax.tree_util.tree_leaves_with_path((run.model, run.users))
+    return {leaf_name(path): np.asarray(leaf) for path, leaf in leaves}
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The data, and a run on them that nothing stopped."""
+    folder = tmp_path_factory.mktemp("launch")
+    data = write(folder / "data.jsonl", users=10)
+    return data, run(experiment(data), root=folder / "runs", progress=False)
+
+
+@pytest.mark.parametrize("epochs_before", [2, 7, 19])
+def test_a_resumed_run_is_equal_to_one_never_stopped(whole, tmp_path, monkeypatch, epochs_before):
+    data, expected = whole
+    monkeypatch.setattr(training, "CHECKPOINT_SECONDS", 0.0)
+    count = [0]
+    original = training._Training._epoch
+
+    def stop_after(self, *arguments):
+        count[0] += 1
+        if count[0] > epochs_before:
+            raise KeyboardInterrupt
+        return original(self, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training._Training, "_epoch", stop_after)
+        with pytest.raises(KeyboardInterrupt):
+            run(experiment(data), root=tmp_path, progress=False)
+    [folder] = tmp_path.iterdir()
+    with monkeypatch.context() as patch:
+        count[0] = -(10**9)
+        patch.setattr(training._Training, "_epoch", stop_after)
+        found = resume(folder, progress=False)
+        trained_again = count[0] + 10**9
+    for seed in (0, 1):
+        ours, theirs = arrays(load(found.folder.path, seed=seed)), arrays(load(expected.folder.path, seed=seed))
+        assert set(ours) == set(theirs)
+        for name, value in ours.items():
+            np.testing.assert_array_equal(value, theirs[name], err_msg=name)
+    assert found.folder.table("predictions").equals(expected.folder.table("predictions"))
+    same = pl.exclude("time")
+    assert found.folder.table("metrics").select(same).equals(expected.folder.table("metrics").select(same))
+    assert found.folder.status == "done"
+    assert not (Path(folder) / "checkpoints").exists()
+    assert trained_again + epochs_before == whole_epochs(expected), "finished epochs were trained again"
+
+
+def whole_epochs(run):
+    """Epochs of a run of `experiment` from its notes: per seed one training on training rows, then on all rows; each
+    also on two folds."""
+    return sum(3 * (4 + load(run.folder.path, seed=seed).notes["epochs"]) for seed in (0, 1))
+
+
+def test_a_run_that_is_done_is_returned_as_it_is(whole):
+    _, expected = whole
+    before = (Path(expected.folder.path) / "run.json").read_bytes()
+    told = []
+    assert resume(expected.folder.path, progress=False, tell=told.append).fingerprint == expected.fingerprint
+    assert (Path(expected.folder.path) / "run.json").read_bytes() == before
+    assert "nothing to resume" in told[0]
+
+
+def test_changed_data_are_not_mixed_with_what_was_fitted(tmp_path, monkeypatch):
+    data = write(tmp_path / "data.jsonl")
+    linear = {"model": partial(BradleyTerry.init, item_effects=False), "seeds": (0,)}
+    with monkeypatch.context() as patch:
+        patch.setattr("pluralprefs.launch.fit_seed", lambda *_, **__: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            run(experiment(data, **linear), root=tmp_path / "runs", progress=False)
+    [folder] = (tmp_path / "runs").iterdir()
+    with pytest.raises(RegistryError, match="--resume"):
+        load(folder)
+    write(data, seed=1)
+    with pytest.raises(DataError, match="have changed"):
+        resume(folder, progress=False)
+    write(data)
+    assert resume(folder, progress=False).folder.status == "done"
