@@ -27,6 +27,7 @@ app = typer.Typer(
 data_app = typer.Typer(no_args_is_help=True, help="Look at comparison files.")
 app.add_typer(data_app, name="data")
 
+MODELS = "bradley_terry, bradley_terry_mlp, individual, low_rank, lore, ideal_point or ideal_direction."
 Root = Annotated[Path, typer.Option("--root", help="Folder of run folders.")]
 Set = Annotated[list[str] | None, typer.Option("--set", help="Override a part: --set model.prototypes=8")]
 Seeds = Annotated[str | None, typer.Option("--seeds", help="Seeds, for example 0,1,2")]
@@ -89,7 +90,7 @@ def train(
 @plainly
 def fit(
     data: Annotated[Path, typer.Argument(help="Comparisons: .jsonl, .parquet or .csv.")],
-    model: Annotated[str, typer.Option(help="Family; see --help of the README's table.")] = "low_rank",
+    model: Annotated[str, typer.Option(help=MODELS)] = "low_rank",
     encoder: Annotated[str, typer.Option(help='"minilm", "attributes", a folder or a Hugging Face id.')] = "minilm",
     assignments: Set = None,
     seeds: Seeds = None,

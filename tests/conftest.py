@@ -3,19 +3,27 @@
 Warnings are errors (pyproject.toml), and the shapes that annotations state are checked at every call (shapes.py).
 """
 
+import atexit
 import os
+import shutil
+import tempfile
 from pathlib import Path
 
 # Before JAX is imported anywhere: it reads these once.
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8".strip()
 os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"
+# Tests fit many small models through the same programs: compile each once a session.
+os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="pluralprefs-tests-")
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
+os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 os.environ.setdefault("MPLBACKEND", "agg")
 os.environ.setdefault("WANDB_MODE", "offline")
 
 import pytest
 from jaxtyping import install_import_hook
 
+atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 install_import_hook("pluralprefs", "shapes.check")
 
 ROOT = Path(__file__).parents[1]

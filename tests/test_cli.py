@@ -3,13 +3,23 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import polars as pl
 import pytest
+from malformed import MALFORMED
 from tables import write
 from typer.testing import CliRunner
 
 from pluralprefs.cli import app
+
+REFUSED = [case for case in MALFORMED if case.rows is None]
+OFTEN = ("one comparison is enough", "a user id may look like a path", "a text of a megabyte is read")
+READ = [
+    pytest.param(case, id=case.title, marks=() if case.title in OFTEN else pytest.mark.slow)
+    for case in MALFORMED
+    if case.rows is not None
+]
 
 
 def call(*arguments):
@@ -76,3 +86,96 @@ def test_mistakes_are_one_line_and_leave_nothing(tmp_path):
     assert len(done.stderr.strip().splitlines()) == 1
     assert "bad.jsonl" in done.stderr
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("case", REFUSED, ids=[case.title for case in REFUSED])
+def test_fit_refuses_a_malformed_file_in_one_line_and_leaves_nothing(case, tmp_path):
+    path = case.write(tmp_path)
+    done = call("fit", path, "--root", tmp_path / "runs")
+    assert done.exit_code == 2, done.output
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert done.stderr.startswith(f"pluralprefs: {path}")
+    assert [file.name for file in tmp_path.iterdir()] == [path.name]
+
+
+@pytest.mark.parametrize("case", READ)
+def test_fit_gives_a_defined_result_for_an_odd_file(case, tmp_path):
+    encoder = Path(__file__).parent / "fixtures" / "bert" / "bert"
+    done = call("fit", case.write(tmp_path), "--root", tmp_path / "runs", "--encoder", encoder)
+    assert done.exit_code == 0, done.output + done.stderr
+    [run] = (tmp_path / "runs").iterdir()
+    assert done.output.strip().splitlines()[-1] == str(run)
+    assert json.loads((run / "run.json").read_text("utf8"))["status"] == "done"
+
+
+def test_the_folds_of_a_file_are_honoured(tmp_path):
+    data = write(tmp_path / "data.jsonl", fold=lambda row: ("train", "validation", "test")[row % 3])
+    done = call("fit", data, "--model", "bradley_terry", "--encoder", "attributes", "--root", tmp_path / "runs",
+                "--set", "users.rounds=1")  # fmt: skip
+    assert done.exit_code == 0, done.output + done.stderr
+    predictions = pl.read_parquet(Path(done.output.strip().splitlines()[-1]) / "predictions.parquet")
+    asked = predictions.filter(
+        pl.col("model") == "bradley_terry", pl.col("shots").is_null(), pl.col("control").is_null()
+    )
+    assert asked["example_id"].n_unique() == 8 * 24 // 3
+
+
+EXPERIMENTS = """
+from functools import partial
+from pathlib import Path
+from pluralprefs import encoders
+from pluralprefs.data import comparisons
+from pluralprefs.experiment import Experiment
+from pluralprefs.models.bradley_terry import BradleyTerry
+from pluralprefs.users import Pooled
+
+DATA = str(Path(__file__).parent / "data.jsonl")
+experiments = {
+    name: Experiment(
+        data=partial(comparisons.read, DATA), encoder=partial(encoders.load, "attributes"), name=name,
+        model=partial(BradleyTerry.init, item_effects=False), users=Pooled(rounds=1, levels=levels), shots=(0, 2),
+        draws=1, controls=False,
+    )
+    for name, levels in (("pooled", ("user",)), ("shared", ()))
+}
+"""
+
+
+def test_train_runs_some_of_a_file_with_seeds_and_settings_and_repeats_a_run(tmp_path):
+    write(tmp_path / "data.jsonl")
+    (tmp_path / "experiments.py").write_text(EXPERIMENTS)
+    root = tmp_path / "runs"
+    done = call("train", tmp_path / "experiments.py", "--only", "shared", "--seeds", "0,3", "--set", "users.rounds=2",
+                "--root", root)  # fmt: skip
+    assert done.exit_code == 0, done.output + done.stderr
+    [run] = root.iterdir()
+    content = json.loads((run / "run.json").read_text("utf8"))
+    assert content["seeds"] == [0, 3]
+    assert content["model"] == "shared"
+    assert set(pl.read_parquet(run / "predictions.parquet")["seed"]) >= {0, 3}
+    again = call("train", run, "--root", root)
+    assert again.exit_code == 0, again.output + again.stderr
+    other = Path(again.output.strip().splitlines()[-1])
+    assert other != run
+    assert pl.read_parquet(other / "predictions.parquet").equals(pl.read_parquet(run / "predictions.parquet"))
+    assert "nothing to resume" in call("train", run, "--resume").output
+    for mistake in (("--only", "none"), ("--set", "users.roundz=1"), ("--seeds", "a")):
+        wrong = call("train", tmp_path / "experiments.py", *mistake, "--root", root)
+        assert wrong.exit_code == 2
+        assert len(wrong.stderr.strip().splitlines()) == 1
+    assert len(list(root.iterdir())) == 2
+
+
+def test_score_falls_back_to_the_prior_and_says_so(tmp_path):
+    data = write(tmp_path / "data.jsonl", community_id=lambda row: "even" if row % 2 else "odd")
+    done = call("fit", data, "--model", "bradley_terry", "--encoder", "attributes", "--root", tmp_path / "runs",
+                "--set", "users.rounds=1", "--set", 'users.levels=["community","user"]')  # fmt: skip
+    assert done.exit_code == 0, done.output + done.stderr
+    run = done.output.strip().splitlines()[-1]
+    community = lambda row: ("even", "unheard of", "odd")[row]  # noqa: E731
+    asked = write(
+        tmp_path / "asked.jsonl", users=1, per_user=3, community_id=community, user_id=lambda row: f"new {row}"
+    )
+    scored = call("score", run, "--input", asked)
+    sources = [json.loads(line)["user_source"] for line in scored.output.splitlines()]
+    assert sources == ["community", "population", "community"]

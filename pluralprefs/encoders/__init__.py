@@ -23,14 +23,15 @@ def load(
     normalise: bool | None = None,
     joint: bool = False,
     prompt: bool = False,
-    max_length: int = 256,
+    max_length: int | None = None,
     dtype: Any = "float32",
 ) -> BertEncoder | AttributeEncoder:
     """Load an encoder: "minilm", a folder, a Hugging Face id (`owner/name`) or "attributes".
 
     `joint` embeds prompt and response together instead of the response alone; `prompt` adds an embedding of the prompt
-    to every item. `pooling` ("mean" or "cls") and `normalise` default to what the model was published with. The
-    encoder of `attributes` comes back without columns: call its `fit`. Raises `weights.EncoderError`.
+    to every item. `pooling` ("mean" or "cls") and `normalise` default to what the model was published with,
+    `max_length` (tokens) to 256 or the model's positions where it has fewer. The encoder of `attributes` comes back
+    without columns: call its `fit`. Raises `weights.EncoderError`.
     """
     if str(name) == "attributes":
         from pluralprefs.encoders.attributes import AttributeEncoder

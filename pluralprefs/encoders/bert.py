@@ -184,18 +184,19 @@ class BertEncoder:
         normalise: bool | None = None,
         joint: bool = False,
         prompt: bool = False,
-        max_length: int = 256,
+        max_length: int | None = None,
         dtype: Any = jnp.float32,
     ) -> BertEncoder:
         """Read config.json, safetensors and tokenizer of a folder.
 
         `pooling` and `normalise` default to what the folder's sentence-transformers files say, else mean and no
-        normalisation. Raises EncoderError for a folder, model type, activation or position type it cannot read.
+        normalisation; `max_length` to 256 tokens or, where it has fewer, the model's positions. Raises EncoderError
+        for a folder, model type, activation or position type it cannot read.
         """
         folder = Path(folder)
         config = BertConfig.read(folder)
         default_pooling, default_normalise = read_pooling(folder, pooling)
-        renderer = Renderer.load(folder, max_length=max_length)
+        renderer = Renderer.load(folder, max_length=max_length or min(256, config.positions))
         _check_sizes(folder, config, renderer, joint=joint)
         model = nnx.eval_shape(lambda: Bert(config, dtype=dtype, rngs=nnx.Rngs(0)))
         graphdef, shapes = nnx.split(model)
