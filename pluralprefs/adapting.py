@@ -19,7 +19,6 @@ from pluralprefs.adapt import (
     Judgements,
     laplace_user,
     latent_features,
-    latent_precision,
     neutral_size,
     predict,
     solve_items,
@@ -127,8 +126,8 @@ def _linear(
         direction = state + base[:, None] * care[None, :]
         whitened = direction * root[None, :] if root.ndim == 1 else direction @ root
         seen = whitened @ solution.jacobian.T
-        spread = jnp.sum(whitened**2, axis=1) - jnp.sum((seen @ latent_precision(solution)) * seen, axis=1)
-        return base + whitened @ solution.mode, jnp.maximum(spread, 0.0)
+        spread = jnp.sum(whitened**2, axis=1) - jnp.sum((seen @ solution.precision) * seen, axis=1)
+        return base + whitened @ solution.mean, jnp.maximum(spread, 0.0)
 
     return jax.vmap(unit)(local, minus, rows, first, second, base)
 

@@ -8,13 +8,17 @@ levels before it that were predicted OUT OF FOLD: a population scored on its own
 and the users would learn that it is right. The out-of-fold correction travels in `Comparisons.offset`, so the in-fold
 and the out-of-fold models share all code.
 
-Block variances use MacKay's fixed point, var = sum m^2 / sum(1 - C / var), which has the fixed points of the EM update
-mean(m^2 + C) and reaches them in a few rounds; whole matrices use mean(m m' + C).
+Variances use MacKay's fixed point, var = sum m^2 / sum(1 - C / var), which has the fixed points of the EM update
+mean(m^2 + C) and reaches them in a few rounds; whole matrices D^-1/2 M D^-1/2 with M = sum m m', D = sum (I - C), its
+like. Means and covariances are those of `adapt` after its rounds of moments: modes would give too small a strength.
+
+`fit_scale` then says how sharp the base is for one user. Log-odds that were fitted to a crowd of differing users are
+flatter than any user's (an average of logistic curves is flatter than each), so their scale is learned with the users.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
@@ -24,7 +28,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from pluralprefs.adapt import Judgements, Solution, latent_precision, solve_items, solve_rows
+from pluralprefs.adapt import ROUNDS, Judgements, Solution, solve_items, solve_rows
 from pluralprefs.types import Comparisons, Item, LinearInUser, RewardModel
 from pluralprefs.users import Deviation, Users, apply_root, log_odds, neutral, part_names, ravel
 
@@ -115,24 +119,23 @@ def padded(rows: Rows, index: np.ndarray) -> Rows:
 
 
 class Moments(NamedTuple):
-    """Whitened posteriors of a level's units: modes, marginal variances, sum of second moments (full only),
-    evidence."""
+    """Whitened posteriors of a level's units: means, marginal variances, sum of covariances (full only), evidence."""
 
-    mode: np.ndarray
+    mean: np.ndarray
     variance: np.ndarray
-    second: np.ndarray | None
+    covariance: np.ndarray | None
     evidence: float
 
 
-@partial(jax.jit, static_argnames="full")
+@partial(jax.jit, static_argnames=("full", "rounds"))
 def _solve_bucket(
-    model: RewardModel, users: Users, items: Item, root: Array, rows: Rows, full: bool
+    model: RewardModel, users: Users, items: Item, root: Array, rows: Rows, full: bool, rounds: int = ROUNDS
 ) -> tuple[Array, Array, Array, Array]:
     def one(support: Rows) -> tuple[Array, Array, Array, Array]:
-        return _moments(solve_rows(model, gathered(items, support), users, root), full)
+        return _moments(solve_rows(model, gathered(items, support), users, root, rounds=rounds), full)
 
-    mode, variance, second, evidence = jax.vmap(one)(rows)
-    return mode, variance, second.sum(0), evidence.sum()
+    mean, variance, covariance, evidence = jax.vmap(one)(rows)
+    return mean, variance, covariance.sum(0), evidence.sum()
 
 
 class Latents(NamedTuple):
@@ -160,16 +163,17 @@ def latents(first: np.ndarray, second: np.ndarray) -> Latents:
     return Latents(items, None, local[:, : first.shape[1]], local[:, first.shape[1] :])
 
 
-@partial(jax.jit, static_argnames="full")
+@partial(jax.jit, static_argnames=("full", "rounds"))
 def _solve_item_bucket(
     model: LinearInUser, items: Item, local: Array, minus: Array | None, rows: Judgements, root: Array, scale: Array,
-    full: bool,
+    full: bool, rounds: int = ROUNDS,
 ) -> tuple[Array, Array, Array, Array]:  # fmt: skip
     def one(index: Array, less: Array | None, unit: Judgements) -> tuple[Array, Array, Array, Array]:
-        return _moments(solve_items(model, at(items, index), unit, root, scale, minus=at(items, less)), full)
+        found = solve_items(model, at(items, index), unit, root, scale, minus=at(items, less), rounds=rounds)
+        return _moments(found, full)
 
-    mode, variance, second, evidence = jax.vmap(one)(local, minus, rows)
-    return mode, variance, second.sum(0), evidence.sum()
+    mean, variance, covariance, evidence = jax.vmap(one)(local, minus, rows)
+    return mean, variance, covariance.sum(0), evidence.sum()
 
 
 def at(items: Item, index: Any) -> Any:
@@ -183,22 +187,25 @@ def gathered(items: Item, rows: Rows) -> Comparisons[Item]:
 
 
 def _moments(solution: Solution, full: bool) -> tuple[Array, Array, Array, Array]:
-    """Mode, marginal variance, second moment and evidence; each is weighted 0 or 1 by the caller."""
-    a, m = solution.jacobian, latent_precision(solution)
+    """Mean, marginal variance, covariance (full only) and evidence."""
+    a, m = solution.jacobian, solution.precision
     if not full:
         variance = jnp.maximum(1.0 - jnp.sum(a * (m @ a), axis=0), 0.0)
-        return solution.mode, variance, jnp.zeros((0, 0)), solution.evidence
+        return solution.mean, variance, jnp.zeros((0, 0)), solution.evidence
     covariance = jnp.eye(a.shape[1]) - a.T @ m @ a
-    second = jnp.outer(solution.mode, solution.mode) + covariance
-    return solution.mode, jnp.diagonal(covariance), second, solution.evidence
+    return solution.mean, jnp.diagonal(covariance), covariance, solution.evidence
 
 
-@jax.jit
-def _solve_large(model: LinearInUser, items: Item, rows: Judgements, root: Array, scale: Array) -> Solution:
-    return solve_items(model, items, rows, root, scale)
+@partial(jax.jit, static_argnames="rounds")
+def _solve_large(
+    model: LinearInUser, items: Item, rows: Judgements, root: Array, scale: Array, rounds: int
+) -> Solution:
+    return solve_items(model, items, rows, root, scale, rounds=rounds)
 
 
-def large_unit(model: Any, users: Users, items: Item, rows: Rows, root: np.ndarray, *, care: bool = False) -> Solution:
+def large_unit(
+    model: Any, users: Users, items: Item, rows: Rows, root: np.ndarray, *, care: bool = False, rounds: int = ROUNDS
+) -> Solution:
     """Solve one unit through its distinct items; `rows` are its index rows, on the table's base."""
     distinct, local = np.unique(np.stack([rows.first, rows.second]), return_inverse=True)
     local = local.reshape(2, -1)
@@ -211,7 +218,7 @@ def large_unit(model: Any, users: Users, items: Item, rows: Rows, root: np.ndarr
         target=pad(rows.target), weight=pad(rows.weight),
     )  # fmt: skip
     index = np.pad(distinct, (0, m - len(distinct)))
-    return _solve_large(model, take(items, index), judgements, jnp.asarray(root), users.scale)
+    return _solve_large(model, take(items, index), judgements, jnp.asarray(root), users.scale, rounds)
 
 
 def _step(n: int, unit: int = 1024) -> int:
@@ -220,24 +227,25 @@ def _step(n: int, unit: int = 1024) -> int:
 
 def solve_level(
     model: RewardModel, users: Users, items: Item, rows: Rows, unit: Int[np.ndarray, " rows"], count: int,
-    root: np.ndarray, *, full: bool = False, care: bool = False,
+    root: np.ndarray, *, care: bool = False, rounds: int = ROUNDS,
 ) -> Moments:  # fmt: skip
     """Solve every unit of a level against the table's base; rows with `unit` -1 are left out.
 
-    Units without rows keep the prior: mode 0, variance 1.
+    Units without rows keep the prior: mean 0, variance 1. `rounds` of moments: see `adapt`.
     """
-    size = root.shape[0]
-    mode, variance = np.zeros((count, size), np.float32), np.ones((count, size), np.float32)
-    second, evidence = np.zeros((size, size)), 0.0
+    size, full = root.shape[0], root.ndim == 2
+    mean, variance = np.zeros((count, size), np.float32), np.ones((count, size), np.float32)
+    covariance, evidence = np.zeros((size, size)), 0.0
     sizes = np.bincount(unit[unit >= 0], minlength=count)
     linear = isinstance(model, LinearInUser)
     large = (sizes > LARGE) if linear else np.zeros(count, bool)
     fixed = row_log_odds(model, users, items, rows.replace(user=np.full_like(rows.user, -1))) if linear else np.zeros(0)
     for u in np.flatnonzero(large):
-        solution = large_unit(model, users, items, take(rows, np.flatnonzero(unit == u)), root, care=care)
+        solution = large_unit(model, users, items, take(rows, np.flatnonzero(unit == u)), root, care=care,
+                              rounds=rounds)  # fmt: skip
         m, v, s, e = _moments(solution, full)
-        mode[u], variance[u] = m, v
-        second, evidence = second + (np.asarray(s) if full else 0), evidence + float(e)
+        mean[u], variance[u] = m, v
+        covariance, evidence = covariance + (np.asarray(s) if full else 0), evidence + float(e)
     small = np.flatnonzero((unit >= 0) & ~large[np.maximum(unit, 0)])
     for units, index in buckets(unit[small], 2 * size):
         index = np.where(index >= 0, small[index], -1)
@@ -247,17 +255,17 @@ def solve_level(
             at_base = np.where(index >= 0, fixed[np.maximum(index, 0)], 0.0).astype(np.float32)
             judged = Judgements(local.first, local.second, at_base, at_base * care, support.target, support.weight)
             m, v, s, e = _solve_item_bucket(
-                model, items, local.items, local.minus, judged, jnp.asarray(root), users.scale, full
+                model, items, local.items, local.minus, judged, jnp.asarray(root), users.scale, full, rounds
             )
         else:
-            m, v, s, e = _solve_bucket(model, users, items, jnp.asarray(root), support, full)
-        mode[units], variance[units] = m[: len(units)], v[: len(units)]
-        second, evidence = second + (np.asarray(s) if full else 0), evidence + float(e)
+            m, v, s, e = _solve_bucket(model, users, items, jnp.asarray(root), support, full, rounds)
+        mean[units], variance[units] = m[: len(units)], v[: len(units)]
+        covariance, evidence = covariance + (np.asarray(s) if full else 0), evidence + float(e)
         if full:  # lines of padding are at the prior
-            second = second - (len(index) - len(units)) * np.eye(size)
+            covariance = covariance - (len(index) - len(units)) * np.eye(size)
     if full:
-        second = second + (sizes == 0).sum() * np.eye(size)
-    return Moments(mode, variance, second if full else None, evidence)
+        covariance = covariance + (sizes == 0).sum() * np.eye(size)
+    return Moments(mean, variance, covariance if full else None, evidence)
 
 
 def initial_root(model: RewardModel, users: Users, items: Item, rows: Rows, strength: float) -> np.ndarray:
@@ -290,16 +298,20 @@ def _gradients(model: RewardModel, users: Users, items: Item, rows: Rows) -> Flo
 
 def updated_root(root: np.ndarray, moments: Moments, names: tuple[str, ...]) -> np.ndarray:
     """One empirical-Bayes update of a level's prior root from the posteriors of its units."""
-    if moments.second is not None:
+    if moments.covariance is not None:
+        count, eye = len(moments.mean), np.eye(root.shape[0])
         square = root if root.ndim == 2 else np.diag(root)
-        covariance = square @ (moments.second / len(moments.mode)) @ square.T
-        return np.linalg.cholesky(covariance + FLOOR * np.eye(len(covariance))).astype(np.float32)
+        means = moments.mean.astype(float).T @ moments.mean
+        values, vectors = np.linalg.eigh(count * eye - moments.covariance)
+        whiten = (vectors / np.sqrt(np.maximum(values, 1e-3))) @ vectors.T
+        covariance = square @ whiten @ means @ whiten @ square.T
+        return np.linalg.cholesky(covariance + FLOOR * eye).astype(np.float32)
     new = root.copy()
     labels = np.array(names)
     for name in dict.fromkeys(names):
         part = (labels == name) & (root > 0)
         if part.any():
-            square = ((moments.mode[:, part] * root[part]) ** 2).sum(dtype=float)
+            square = ((moments.mean[:, part] * root[part]) ** 2).sum(dtype=float)
             determined = (1.0 - moments.variance[:, part]).sum(dtype=float)
             new[part] = np.sqrt(max(square / max(determined, 1e-3), FLOOR))
     return new
@@ -311,12 +323,11 @@ def fit_strength(
 ) -> tuple[np.ndarray, Moments]:  # fmt: skip
     """Learn a level's prior root and return it with its units' posteriors.
 
-    The units' posteriors and the prior alternate until the root moves by less than 2 %, at most `rounds` times; then
-    each part's strength goes to the maximum of the Laplace evidence. The last step matters: a fixed point in terms of
-    posterior modes is too narrow (0.41 for 0.50 at 65 comparisons a user and 8 weights), the evidence is not.
+    The units' posteriors and the prior alternate until the root moves by less than 2 %, at most `rounds` times. A level
+    of one unit (the population) keeps to its mode.
     """
-    names, full = part_names(neutral(model)), root.ndim == 2
-    solve = partial(solve_level, model, users, items, rows, unit, count, full=full, care=care)
+    names = part_names(neutral(model))
+    solve = partial(solve_level, model, users, items, rows, unit, count, care=care, rounds=ROUNDS if count > 1 else 0)
     moments = solve(root)
     for _ in range(rounds):
         new = updated_root(root, moments, names)
@@ -325,44 +336,46 @@ def fit_strength(
         moments = solve(root)
         if moved < 0.02:
             break
-    if rounds and count > 1 and (unit >= 0).any():
-        labels = np.array(names)
-        parts = [np.ones(len(names), bool)] if full else [labels == name for name in dict.fromkeys(names)]
-        for part in parts:
-            root, moments = _at_most_evidence(root, moments, solve, part)
     return root, moments
 
 
-def _at_most_evidence(
-    root: np.ndarray, moments: Moments, solve: Callable[[np.ndarray], Moments], part: np.ndarray, *, step: float = 0.25
-) -> tuple[np.ndarray, Moments]:
-    """Move the strength of a part to the maximum of the evidence, by parabolas in its logarithm."""
-    if not np.abs(root[part]).max(initial=0.0) > np.sqrt(2 * FLOOR):
-        return root, moments
+def fit_scale(
+    model: RewardModel, users: Users, items: Item, rows: Rows, unit: np.ndarray, count: int, root: np.ndarray,
+    moments: Moments, *, care: bool = False, step: float = 0.2,
+) -> tuple[Users, np.ndarray, Moments]:  # fmt: skip
+    """Move the scale of the base to the maximum of the evidence, by parabolas in its logarithm.
 
-    def scaled(log_factor: float) -> np.ndarray:
+    The units' deviations keep their strength in log-odds: the root of their states is divided by what the scale gains.
+    """
+    state = np.array(part_names(neutral(model))) != "gain"
+
+    def scaled(x: float) -> tuple[Users, np.ndarray]:
         new = root.copy()
-        new[part] *= np.exp(log_factor)
-        return new
+        new[state] /= np.exp(x)
+        return users.replace(scale=users.scale * np.float32(np.exp(x))), new
+
+    def solve(x: float) -> Moments:
+        table, new = scaled(x)
+        return solve_level(model, table, items, rows, unit, count, new, care=care)
 
     seen, best = {0.0: moments}, 0.0
-    for _ in range(3):
-        best = max(seen, key=lambda at: seen[at].evidence)
-        for at in (best - step, best + step):
-            if at not in seen:
-                seen[at] = solve(scaled(at))
-        if all(seen[best].evidence >= seen[at].evidence for at in (best - step, best + step)):
+    for _ in range(4):
+        best = max(seen, key=lambda x: seen[x].evidence)
+        for x in (best - step, best + step):
+            if x not in seen:
+                seen[x] = solve(x)
+        if all(seen[best].evidence >= seen[x].evidence for x in (best - step, best + step)):
             break
-    low, middle, high = (seen[at].evidence if at in seen else -np.inf for at in (best - step, best, best + step))
+    low, middle, high = (seen[x].evidence if x in seen else -np.inf for x in (best - step, best, best + step))
     bend = low + high - 2 * middle
     if np.isfinite(bend) and bend < 0:
         vertex = best + float(np.clip(0.5 * step * (low - high) / bend, -step, step))
-        seen[vertex] = solve(scaled(vertex))
-    best = max(seen, key=lambda at: seen[at].evidence)
-    return scaled(best), seen[best]
+        seen[vertex] = solve(vertex)
+    best = max(seen, key=lambda x: seen[x].evidence)
+    return *scaled(best), seen[best]
 
 
-def deviations(model: RewardModel, root: np.ndarray, mode: np.ndarray) -> Deviation:
-    """The table of deviations of whitened modes [units, size]."""
+def deviations(model: RewardModel, root: np.ndarray, mean: np.ndarray) -> Deviation:
+    """The table of deviations of whitened means [units, size]."""
     unravel = ravel(neutral(model))[1]
-    return jax.vmap(unravel)(apply_root(jnp.asarray(root), jnp.asarray(mode)))
+    return jax.vmap(unravel)(apply_root(jnp.asarray(root), jnp.asarray(mean)))

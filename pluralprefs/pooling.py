@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
@@ -21,8 +22,10 @@ from pluralprefs.adapt import neutral_size
 from pluralprefs.adapting import predict_seen
 from pluralprefs.fitting import (
     Fitted,
+    Moments,
     Rows,
     deviations,
+    fit_scale,
     fit_strength,
     initial_root,
     row_log_odds,
@@ -142,7 +145,7 @@ def _fit_communities(
     else:
         moments = solve_level(model, table, items, flat, unit, count, roots["community"])
     root = roots["community"]
-    return table.replace(community=deviations(model, root, moments.mode), community_root=jnp.asarray(root))
+    return table.replace(community=deviations(model, root, moments.mean), community_root=jnp.asarray(root))
 
 
 def strengths(model: Any, root: np.ndarray) -> dict[str, float]:
@@ -169,16 +172,15 @@ def _fit_users(
     tried = {}
     for exponent in pooled.temper:
         support = tempered(rows, exponent)
-        root, moments = fit_strength(
-            model, table, items, strangers(support), np.asarray(rows.user), users, start, rounds=pooled.rounds,
-            care=pooled.gain,
-        )  # fmt: skip
-        candidate = table.replace(
-            user=deviations(model, root, moments.mode), user_root=jnp.asarray(root),
+        scaled, root, moments = _users_and_scale(model, table, items, strangers(support), pooled, users, start,
+                                                 np.asarray(rows.user))  # fmt: skip
+        candidate = scaled.replace(
+            user=deviations(model, root, moments.mean), user_root=jnp.asarray(root),
             residual=jnp.float32(pooled.residual),
         )  # fmt: skip
         fitted = Fitted(model, candidate, support, notes | {
             "temper": exponent, "user_strength": strengths(model, root), "evidence": moments.evidence,
+            "scale": float(scaled.scale),
         })  # fmt: skip
         nats = 0.0
         if validation is not None and len(validation.target):
@@ -197,6 +199,19 @@ def _fit_users(
     if len(tried) > 1:
         best[1].notes["temper_validation_nll"] = tried
     return best[1]
+
+
+def _users_and_scale(
+    model: Any, table: Users, items: Item, rows: Rows, pooled: Pooled, users: int, root: np.ndarray, unit: np.ndarray
+) -> tuple[Users, np.ndarray, Moments]:
+    """Learn the users' strength and, where there is a base, how sharp it is for one user, twice in turn."""
+    strength = partial(fit_strength, rounds=pooled.rounds, care=pooled.gain)
+    root, moments = strength(model, table, items, rows, unit, users, root)
+    for again in (True, False) if pooled.population and (unit >= 0).any() else ():
+        table, root, moments = fit_scale(model, table, items, rows, unit, users, root, moments, care=pooled.gain)
+        if again:
+            root, moments = strength(model, table, items, rows, unit, users, root)
+    return table, root, moments
 
 
 def residual_variance(mean: np.ndarray, variance: np.ndarray, rows: Rows) -> float:
@@ -241,7 +256,7 @@ def population_by_newton(
     root = _shared(model, root, parts)
     unit = np.zeros(len(rows.target), np.int64)
     root, moments = fit_strength(model, empty, items, flat, unit, 1, root, rounds=rounds)
-    whole = _population(model, empty, root, moments.mode)
+    whole = _population(model, empty, root, moments.mean)
     notes = {"population_strength": strengths(model, root), "population_evidence": moments.evidence}
 
     solved: dict[bytes, Users] = {}
@@ -250,7 +265,7 @@ def population_by_newton(
         if mask is None:
             return model, whole
         if mask.tobytes() not in solved:
-            mode = solve_level(model, empty, items, flat, np.where(mask, 0, -1), 1, root).mode
+            mode = solve_level(model, empty, items, flat, np.where(mask, 0, -1), 1, root, rounds=0).mean
             solved[mask.tobytes()] = _population(model, empty, root, mode)
         return model, solved[mask.tobytes()]
 

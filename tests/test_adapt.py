@@ -8,12 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from families import arrays, pick, rows
+from scipy.optimize import minimize
 
-from pluralprefs.adapt import Judgements, laplace_user, latent_precision, predict, solve_items, solve_rows
+from pluralprefs.adapt import Judgements, laplace_user, predict, solve_items, solve_rows
 from pluralprefs.fitting import fit_strength
 from pluralprefs.models.bradley_terry import BradleyTerry
+from pluralprefs.pooling import fit_pooled, population_by_newton
 from pluralprefs.types import Item
-from pluralprefs.users import Users, apply_root, part_names, ravel
+from pluralprefs.users import Pooled, Users, apply_root, part_names, ravel
 
 
 def linear(dim):
@@ -71,7 +73,7 @@ def feature_columns(x):
 @pytest.mark.parametrize("full", [False, True], ids=["diagonal prior", "full prior"])
 def test_laplace_equals_the_dense_newton_solution(dim, n, full):
     model, table, support, x, root = problem(dim, n, full=full)
-    found = laplace_user(model, support, table, steps=20)
+    found = laplace_user(model, support, table, steps=20, rounds=0)
     mean, covariance = dense(x, np.asarray(support.target, np.float64), root)
     np.testing.assert_allclose(ravel(found.mean)[0], mean, atol=2e-4)
     r, d = np.asarray(found.covariance.root, np.float64), np.asarray(found.covariance.downdate, np.float64)
@@ -105,9 +107,9 @@ def test_the_route_through_items_equals_the_route_through_rows():
     judged = Judgements(a, b, fixed, fixed, support.target, support.weight)
     by_rows = solve_rows(model, support, table, table.user_root, steps=20)
     by_items = solve_items(model, arrays(x), judged, table.user_root, table.scale, steps=20)
-    np.testing.assert_allclose(by_rows.mode, by_items.mode, atol=2e-4)
+    np.testing.assert_allclose(by_rows.mean, by_items.mean, atol=2e-4)
     np.testing.assert_allclose(by_rows.evidence, by_items.evidence, rtol=1e-4)
-    whitened = [np.eye(4) - np.asarray(s.jacobian.T @ latent_precision(s) @ s.jacobian) for s in (by_rows, by_items)]
+    whitened = [np.eye(4) - np.asarray(s.jacobian.T @ s.precision @ s.jacobian) for s in (by_rows, by_items)]
     np.testing.assert_allclose(*whitened, atol=2e-4)
 
 
@@ -121,7 +123,7 @@ def test_the_route_through_row_differences_equals_the_route_through_items():
     through_items = solve_items(model, x, Judgements(a, b, zero, zero, target, one), root, scale, steps=20)
     place = Judgements(np.arange(5), np.full(5, -1), zero, zero, target, one)
     through_rows = solve_items(model, pick(x, a), place, root, scale, minus=pick(x, b), steps=20)
-    np.testing.assert_allclose(through_items.mode, through_rows.mode, atol=2e-4)
+    np.testing.assert_allclose(through_items.mean, through_rows.mean, atol=2e-4)
     np.testing.assert_allclose(through_items.evidence, through_rows.evidence, rtol=1e-4)
 
 
@@ -193,3 +195,48 @@ def test_the_strength_of_users_is_recovered():
     start = np.where(np.array(part_names(table_deviation(model))) == "gain", 0.0, 0.1).astype(np.float32)
     root, _ = fit_strength(model, table, arrays(Item(embedding=x)), judged, unit, users, start, rounds=8)
     assert abs(root.max() / w.std() - 1) < 0.05
+
+
+def test_rounds_of_moments_reach_the_nearest_gaussian_and_its_evidence():
+    """An independent maximisation of E_q[log p] - KL(q | prior) over mean and covariance, by quadrature, agrees."""
+    model, table, support, x, _ = problem(2, 9)
+    x, target = 1.5 * x.astype(float), np.asarray(support.target, float)  # whitened: the root is 1.5 everywhere
+    table = table.replace(user_root=jnp.full(3, 1.5))
+    nodes, masses = np.polynomial.hermite_e.hermegauss(40)
+
+    def bound(parameters):
+        mean, lower = parameters[:2], np.array([[np.exp(parameters[2]), 0], [parameters[3], np.exp(parameters[4])]])
+        logits = (x @ mean)[:, None] + np.linalg.norm(x @ lower, axis=1)[:, None] * nodes
+        nats = target[:, None] * np.logaddexp(0, -logits) + (1 - target[:, None]) * np.logaddexp(0, logits)
+        divergence = np.sum(lower**2) + mean @ mean - 2 - 2 * (parameters[2] + parameters[4])
+        return (nats @ masses).sum() / masses.sum() + divergence / 2
+
+    best = minimize(bound, np.zeros(5), method="BFGS")
+    found = solve_rows(model, support, table, table.user_root, steps=20, rounds=8)
+    linear_part = np.array(part_names(table_deviation(model))) == "linear"
+    np.testing.assert_allclose(np.asarray(found.mean)[linear_part], best.x[:2], atol=0.01)
+    np.testing.assert_allclose(found.evidence, -best.fun, atol=0.01)
+
+
+def test_the_scale_of_a_base_fitted_to_a_crowd_is_found():
+    """A population fitted without users is flatter than they are; its scale returns the true one, 1, within 10 %."""
+    draw = np.random.default_rng(7)
+    users, n, dim = 200, 40, 4
+    x = draw.normal(size=(200, dim)).astype(np.float32)
+    shared = np.array([1.0, -1.0, 0.5, 0.0])
+    w = shared + 0.8 * draw.normal(size=(users, dim))
+    first, second = draw.integers(0, 200, (2, users * n))
+    unit = np.repeat(np.arange(users), n)
+    truth = ((x[first] - x[second]) * w[unit]).sum(1)
+    target = (draw.random(users * n) < 1 / (1 + np.exp(-truth))).astype(np.float32)
+    judged, items = jax.tree.map(np.asarray, rows(first, second, target)), arrays(Item(embedding=x))
+    judged = judged.replace(user=unit.astype(np.int32))
+    model = linear(dim)
+    base, _ = population_by_newton(model, items, judged)
+    flat = np.asarray(base(None)[1].population["linear"])
+    assert np.linalg.norm(flat) < 0.8 * np.linalg.norm(shared)
+    pooled = Pooled(gain=False, cross_fit=None)
+    fitted = fit_pooled(base, items, judged, pooled, users=users, communities=0)
+    np.testing.assert_allclose(float(fitted.users.scale) * flat, shared, atol=0.15)
+    root = float(fitted.users.scale) * np.asarray(fitted.users.user_root)
+    np.testing.assert_allclose(root.max(), 0.8, rtol=0.05)
