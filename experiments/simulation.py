@@ -6,7 +6,7 @@ bayes       each family on its own world, against the posterior predictive under
             parameters given the same comparisons: no method can beat it except by luck
 prototypes  ideal points with 1 to 2 K* prototypes on a world with K* of them
 coverage    how often 90 % intervals hold the true log-odds of held-out comparisons, averaged over new users drawn from
-            the prior, from 0 to 10 K comparisons each
+            the prior (80 users in each of three worlds), from 0 to 10 K comparisons each
 cyclic      a balanced rock-paper-scissors world, where a scalar reward orders at most two of three pairs
 """
 
@@ -49,7 +49,7 @@ console = Console(width=140, soft_wrap=True)
 class Case:
     """A family on its own world: `world` draws it, `experiment` holds the parts of the family."""
 
-    world: Callable[[], World]
+    world: Callable[..., World]
     experiment: dict[str, Any] = field(default_factory=dict)
 
 
@@ -154,51 +154,67 @@ def show_bayes() -> None:
                           f"NLL {row['nll']:.3f} against {row['bayes_nll']:.3f}", highlight=False)  # fmt: skip
 
 
+def prototypes(true: int, counts: tuple[int, ...], seeds: tuple[int, ...], mixture: str) -> pl.DataFrame:
+    """Accuracy in points against the number of prototypes, one row a count: seen users, new users after 16 shots."""
+    rows = []
+    for count in counts:
+        model = partial(IdealPoint.init, prototypes=count, hidden=())
+        parts = CASES["ideal_point"].experiment | {"model": model}
+        found = []
+        for seed in seeds:
+            world = ideal_point(
+                users=200, items=300, comparisons_per_user=80, prototypes=true, mixture=mixture, seed=seed
+            )
+            asked = correct(predictions(world, parts, (0, 16), seed))
+            new = asked.filter(pl.col("cell") == "unseen/testpair", shots=16)
+            found.append([asked.filter(pl.col("cell") == "seen/testpair")["right"].mean(), new["right"].mean()])
+        mean, spread = np.mean(found, axis=0), np.std(found, axis=0)
+        rows.append({"prototypes": count, "seen": mean[0], "seen_sd": spread[0], "new": mean[1], "new_sd": spread[1]})
+    return pl.DataFrame(rows)
+
+
+def correct(rows: pl.DataFrame) -> pl.DataFrame:
+    """Add `right`: 100 where the prediction has the label's sign."""
+    return rows.with_columns(right=((pl.col("log_odds") > 0) == (pl.col("target") > 0.5)).cast(pl.Float64) * 100)
+
+
 def show_prototypes(true: int = 3, seeds: tuple[int, ...] = (0, 1, 2)) -> None:
     """Print accuracy against the number of prototypes."""
     for mixture in ("one_hot", "dirichlet"):
-        for count in range(1, 2 * true + 1):
-            found = []
-            for seed in seeds:
-                world = ideal_point(
-                    users=200, items=300, comparisons_per_user=80, prototypes=true, mixture=mixture, seed=seed
-                )
-                parts = CASES["ideal_point"].experiment | {
-                    "model": partial(IdealPoint.init, prototypes=count, hidden=())
-                }
-                rows = predictions(world, parts, (0, 16), seed)
-                right = ((rows["log_odds"] > 0) == (rows["target"] > 0.5)).cast(pl.Float64)
-                rows = rows.with_columns(right=right)
-                found.append([rows.filter(pl.col("cell") == "seen/testpair")["right"].mean(),
-                              rows.filter(pl.col("cell") == "unseen/testpair", shots=16)["right"].mean()])  # fmt: skip
-            mean, spread = np.mean(found, axis=0) * 100, np.std(found, axis=0) * 100
-            console.print(f"{mixture}, K* = {true}, K = {count}: seen/testpair {mean[0]:.1f} (sd {spread[0]:.1f}), "
-                          f"unseen/testpair@16 {mean[1]:.1f} (sd {spread[1]:.1f})", highlight=False)  # fmt: skip
+        for row in prototypes(true, tuple(range(1, 2 * true + 1)), seeds, mixture).iter_rows(named=True):
+            console.print(f"{mixture}, K* = {true}, K = {row['prototypes']}: seen/testpair {row['seen']:.1f} "
+                          f"(sd {row['seen_sd']:.1f}), unseen/testpair@16 {row['new']:.1f} (sd {row['new_sd']:.1f})",
+                          highlight=False)  # fmt: skip
 
 
-def show_coverage() -> None:
-    """Print coverage of 90 % intervals by family and shots; K is the size of the user state."""
-    for name in CASES:
-        world = CASES[name].world()
+def show_coverage(seeds: tuple[int, ...] = (0, 1, 2)) -> None:
+    """Print coverage of 90 % intervals by family and shots, over several worlds; K is the size of the user state."""
+    for name, case in CASES.items():
         size = 8 if name in ("bradley_terry", "individual") else 3
         shots = (0, size // 2, size, 2 * size, 5 * size, 10 * size)
-        for row in coverage(world, CASES[name].experiment, shots).iter_rows(named=True):
+        found = pl.concat([coverage(case.world(seed=seed), case.experiment, shots) for seed in seeds])
+        mean = (pl.col("inside") * pl.col("rows")).sum() / pl.col("rows").sum()
+        for row in found.group_by("cell", "shots").agg(mean, pl.col("rows").sum()).sort("cell", "shots").to_dicts():
             console.print(f"{name}: {row['cell']}@{row['shots']}: {100 * row['inside']:.1f} % of {row['rows']}",
                           highlight=False)  # fmt: skip
 
 
+def cycles(name: str) -> pl.DataFrame:
+    """Accuracy in points of a scalar family on a balanced cyclic world, by cell and shots."""
+    parts = dict(CASES[name].experiment)
+    if name == "bradley_terry":
+        parts["users"] = Pooled(**MAP)
+    rows = correct(predictions(cyclic(users=100), parts, (0, 16)))
+    return rows.group_by("cell", "shots").agg(pl.col("right").mean(), rows=pl.len()).sort("cell", "shots")
+
+
 def show_cyclic() -> None:
     """Print accuracy of scalar families on a world without a scalar order."""
-    world = cyclic(users=100)
     for name in ("bradley_terry", "low_rank", "ideal_point"):
-        parts = dict(CASES[name].experiment)
-        if name == "bradley_terry":
-            parts["users"] = Pooled(**MAP)
-        rows = predictions(world, parts, (0, 16))
-        right = ((rows["log_odds"] > 0) == (rows["target"] > 0.5)).cast(pl.Float64) * 100
-        found = rows.with_columns(right=right).group_by("cell", "shots").agg(pl.col("right").mean(), n=pl.len())
-        for row in found.sort("cell", "shots").iter_rows(named=True):
-            console.print(f"{name}: {row['cell']}@{row['shots']}: {row['right']:.1f} % of {row['n']}", highlight=False)
+        for row in cycles(name).iter_rows(named=True):
+            console.print(
+                f"{name}: {row['cell']}@{row['shots']}: {row['right']:.1f} % of {row['rows']}", highlight=False
+            )
 
 
 SECTIONS = {"bayes": show_bayes, "prototypes": show_prototypes, "coverage": show_coverage, "cyclic": show_cyclic}
