@@ -36,6 +36,8 @@ from pluralprefs.fitting import (
 from pluralprefs.types import Item, LinearInUser
 from pluralprefs.users import Pooled, Users, neutral, part_names
 
+ENOUGH = 10_000  # users that teach the strength of all
+
 
 @dataclass(frozen=True)
 class Fold:
@@ -204,13 +206,23 @@ def _fit_users(
 def _users_and_scale(
     model: Any, table: Users, items: Item, rows: Rows, pooled: Pooled, users: int, root: np.ndarray, unit: np.ndarray
 ) -> tuple[Users, np.ndarray, Moments]:
-    """Learn the users' strength and, where there is a base, how sharp it is for one user, twice in turn."""
+    """Learn the users' strength and, where there is a base, how sharp it is for one user, twice in turn.
+
+    Of more than `ENOUGH` users a fixed sample of that many teaches both: their error is then below a per cent.
+    """
+    known = np.unique(unit[unit >= 0])
+    taught, count = unit, users
+    if len(known) > ENOUGH:
+        chosen = np.sort(np.random.default_rng(0).choice(known, ENOUGH, replace=False))
+        taught, count = np.where(np.isin(unit, chosen), np.searchsorted(chosen, unit), -1), ENOUGH
     strength = partial(fit_strength, rounds=pooled.rounds, care=pooled.gain)
-    root, moments = strength(model, table, items, rows, unit, users, root)
-    for again in (True, False) if pooled.population and (unit >= 0).any() else ():
-        table, root, moments = fit_scale(model, table, items, rows, unit, users, root, moments, care=pooled.gain)
+    root, moments = strength(model, table, items, rows, taught, count, root)
+    for again in (True, False) if pooled.population and len(known) else ():
+        table, root, moments = fit_scale(model, table, items, rows, taught, count, root, moments, care=pooled.gain)
         if again:
-            root, moments = strength(model, table, items, rows, unit, users, root)
+            root, moments = strength(model, table, items, rows, taught, count, root)
+    if count != users:
+        moments = solve_level(model, table, items, rows, unit, users, root, care=pooled.gain)
     return table, root, moments
 
 

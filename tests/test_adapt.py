@@ -240,3 +240,28 @@ def test_the_scale_of_a_base_fitted_to_a_crowd_is_found():
     np.testing.assert_allclose(float(fitted.users.scale) * flat, shared, atol=0.15)
     root = float(fitted.users.scale) * np.asarray(fitted.users.user_root)
     np.testing.assert_allclose(root.max(), 0.8, rtol=0.05)
+
+
+def test_a_sample_of_users_teaches_the_strength_of_all(monkeypatch):
+    """Every user is still solved, and the strength is near the one that all users give."""
+    draw = np.random.default_rng(8)
+    users, n, dim = 300, 20, 3
+    x = draw.normal(size=(100, dim)).astype(np.float32)
+    w = 0.7 * draw.normal(size=(users, dim))
+    first, second = draw.integers(0, 100, (2, users * n))
+    unit = np.repeat(np.arange(users), n).astype(np.int32)
+    truth = ((x[first] - x[second]) * w[unit]).sum(1)
+    target = (draw.random(users * n) < 1 / (1 + np.exp(-truth))).astype(np.float32)
+    judged, items = jax.tree.map(np.asarray, rows(first, second, target)).replace(user=unit), arrays(Item(embedding=x))
+    base, _ = population_by_newton(linear(dim), items, judged)
+    pooled = Pooled(gain=False, cross_fit=None)
+    whole = fit_pooled(base, items, judged, pooled, users=users, communities=0)
+    monkeypatch.setattr("pluralprefs.pooling.ENOUGH", 150)
+    part = fit_pooled(base, items, judged, pooled, users=users, communities=0)
+    strength = lambda fitted: float(fitted.users.scale * fitted.users.user_root.max())  # noqa: E731
+    assert abs(strength(part) / strength(whole) - 1) < 0.15
+    found, expected = (
+        float(fitted.users.scale) * np.ravel(fitted.users.user.state["linear"]) for fitted in (part, whole)
+    )
+    assert (found != 0).all()
+    assert np.corrcoef(found, expected)[0, 1] > 0.99
