@@ -3,10 +3,11 @@
 Reference: the fixed protocol's best pooled users reach 67.4 %, 0.614 nats on seen/testpair (statements that nobody
 has voted on) and 65.5 % at 32 shots for new users.
 Command: PLURALPREFS_DATA=... pluralprefs train experiments/polis.py [--only bradley_terry]
-Result (2026-11-21, bradley_terry, one fit, it has no random part; 3 minutes on 2 shared CPU cores): seen/testpair 67.6
-[66.3, 68.9]; 0.610, unseen/testpair 64.2; 0.619 at 0 shots to 65.4 [62.7, 68.1]; 0.620 at 32, unseen/newprompt 66.6;
-0.624 to 67.7 [65.3, 70.3]; 0.597. Intervals are over users. 65.5 % is missed by 0.1 and the NLL of unseen/testpair is
-0.001 above zero-shot. The other families were not run on this set yet.
+Result (2026-11-21, bradley_terry, one fit, it has no random part; 15 minutes on 2 CPU cores under other load):
+seen/testpair 67.6 [66.4, 68.9]; 0.609, unseen/testpair 64.6; 0.618 at 0 shots to 65.7 [63.1, 68.3]; 0.618 at 16 and
+65.4 [62.7, 68.1]; 0.619 at 32, unseen/newprompt 66.6; 0.621 to 67.8 [65.4, 70.3]; 0.594. Intervals are over users.
+65.5 % at 32 shots is missed by 0.1 and the NLL there is 0.001 above zero-shot. The other families were not run on this
+set.
 """
 
 import os

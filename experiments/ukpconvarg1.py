@@ -4,10 +4,10 @@ arguments?
 Reference: the fixed protocol's best pooled users reach 78.9 %, 0.439 nats on seen/testpair and 71.7 % on
 seen/newprompt.
 Command: PLURALPREFS_DATA=... pluralprefs train experiments/ukpconvarg1.py [--only bradley_terry]
-Result (2026-11-21, bradley_terry, one fit, it has no random part; 9 minutes on 2 shared CPU cores; before user
-strengths went to the maximum of the evidence): seen/testpair 80.0 [78.0, 81.8]; 0.428, seen/newprompt 71.8
-[69.5, 73.9]; 0.536, unseen/testpair at 32 shots 77.5 [75.1, 79.7]; 0.469. The wrong user costs 1.6 [0.6, 2.6] points on
-seen/testpair. Intervals are over users. The other families were not run on this set yet.
+Result (2026-11-21, bradley_terry, one fit, it has no random part; 12 minutes on 2 CPU cores under other load):
+seen/testpair 80.4 [78.3, 82.3]; 0.419, seen/newprompt 71.9 [69.7, 74.1]; 0.545, unseen/testpair 77.2; 0.475 at 0 shots
+to 77.9 [75.5, 80.2]; 0.466 at 32, unseen/newprompt 75.3; 0.507 to 75.2 [70.1, 78.7]; 0.503. Intervals are over users.
+The other families were not run on this set.
 """
 
 import os
