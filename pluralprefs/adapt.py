@@ -341,7 +341,7 @@ def predict(
         mean, gradient = jax.value_and_grad(value)(vector)
         return mean, variance(posterior.covariance, gradient)
     steps = jnp.sqrt(vector.shape[0]) * covariance_root(posterior.covariance).T
-    found = jax.vmap(value)(vector + jnp.concatenate([steps, -steps]))
+    found = jax.vmap(value)(vector[None, :] + jnp.concatenate([steps, -steps]))
     return found.mean(), found.var()
 
 

@@ -38,6 +38,11 @@ def say(text: str) -> None:
     typer.echo(text)
 
 
+def warn(text: str) -> None:
+    """Write a line to standard error."""
+    typer.echo(f"pluralprefs: {text}", err=True)
+
+
 def plainly(command: Callable[..., None]) -> Callable[..., None]:
     """Turn a user's mistakes into one line and exit code 2; --debug on the command line keeps the traceback."""
 
@@ -122,10 +127,12 @@ def evaluate(
     debug: Annotated[bool, typer.Option(help="Show tracebacks.")] = False,
 ) -> None:
     """Every metric, baseline and control on other data."""
-    from pluralprefs.data.comparisons import read
     from pluralprefs.results import results_table
 
-    rows = _load(run).evaluate(read(data))
+    loaded = _load(run)
+    rows = loaded.evaluate(loaded.read(data))
+    if not rows.height:
+        raise ValueError(f"{data}: nothing to test: its few pairs are all support of new users, or were trained on")
     say(rows.write_ndjson().rstrip() if json else results_table(rows))
 
 
@@ -139,15 +146,18 @@ def adapt(
     debug: Annotated[bool, typer.Option(help="Show tracebacks.")] = False,
 ) -> None:
     """Adapt to new users from their comparisons, all in one call."""
-    from pluralprefs.data.comparisons import pseudonym, read
-
     loaded = _load(run)
     empty = not comparisons.read_bytes().strip()
-    found = {} if empty else loaded.adapt(read(comparisons, allow_empty=True))
-    if user_id and "" in found:
-        found[pseudonym(user_id)] = found.pop("")
+    found = {} if empty else loaded.adapt(loaded.read(comparisons, allow_empty=True))
+    name = loaded.known_as(user_id) if user_id else ""
+    if "" in found:
+        found[name] = found.pop("")
+        if not user_id:
+            warn(f"{comparisons}: rows without a user are taken as one user without a name; --user-id names them")
+    elif found and user_id:
+        warn(f"{comparisons}: names its own users, so --user-id {user_id} is not used")
     if not found:
-        found = {pseudonym(user_id) if user_id else "": loaded.prior()}
+        found = {name: loaded.prior()}
     loaded.save_users(out, found)
     say(f"{len(found)} user{'s' if len(found) > 1 else ''} adapted; state written to {out}")
 
@@ -164,13 +174,14 @@ def score(
     debug: Annotated[bool, typer.Option(help="Show tracebacks.")] = False,
 ) -> None:
     """Rewards, P(first) and uncertainty of each pair, and whose state was used."""
-    from pluralprefs.data.comparisons import read
     from pluralprefs.data.files import write_frame
 
     loaded = _load(run)
-    table = read(data, labelled=False)
+    table = loaded.read(data, labelled=False)
     users = loaded.load_users(user) if user else {}
     scores = loaded.score(_named(table, users), users)
+    if users and not (scores["user_source"] == "adapted").any():
+        warn(f"{user}: none of its users is in {data}")
     if out is None:
         say(scores.write_ndjson().rstrip())
     else:
@@ -195,7 +206,14 @@ def runs(
     if json:
         say(table.write_ndjson().rstrip())
         return
-    with pl.Config(tbl_rows=-1, tbl_cols=-1, tbl_hide_dataframe_shape=True, tbl_hide_column_data_types=True):
+    with pl.Config(
+        tbl_rows=-1,
+        tbl_cols=-1,
+        tbl_hide_dataframe_shape=True,
+        tbl_hide_column_data_types=True,
+        fmt_str_lengths=200,
+        tbl_width_chars=300,
+    ):
         shown = [name for name in ("run", "status", "model", "data", "accuracy", "nll") if name in table.columns]
         say(str(table.select(shown or table.columns)))
 
@@ -246,9 +264,12 @@ def _experiments(source: Path, only: str | None) -> list[Experiment]:
 
 def _seeds(text: str) -> tuple[int, ...]:
     try:
-        return tuple(int(part) for part in text.split(","))
+        found = tuple(int(part) for part in text.split(","))
+        if len(set(found)) < len(found):
+            raise ValueError
+        return found
     except ValueError:
-        raise ValueError(f"--seeds {text!r}: give whole numbers with commas, for example 0,1,2") from None
+        raise ValueError(f"--seeds {text!r}: give different whole numbers with commas, for example 0,1,2") from None
 
 
 def _load(path: Path) -> Run:

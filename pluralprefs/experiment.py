@@ -279,10 +279,10 @@ def baseline_predictions(table: pl.DataFrame, seed: int) -> pl.DataFrame:
 
 
 def fingerprint(table: pl.DataFrame) -> str:
-    """SHA-256 of the judgements (ids, targets, cells), whatever their order."""
-    columns = ["example_id", "user_id", "prompt_id", "first_id", "second_id", "target", "cell"]
-    lines = sorted("\t".join(map(str, row)) for row in table.select(columns).iter_rows())
-    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+    """SHA-256 of every column of the judgements, whatever the order of rows and columns."""
+    rows = table.select(sorted(table.columns)).iter_rows()
+    lines = sorted(hashlib.sha256("\t".join(map(repr, row)).encode()).digest() for row in rows)
+    return hashlib.sha256(b"".join(lines)).hexdigest()
 
 
 def summary_line(fitted: Fitted) -> str:

@@ -73,9 +73,11 @@ def _log_odds(model: RewardModel, users: Users, items: Item, rows: Rows) -> Floa
 
 def row_log_odds(model: RewardModel, users: Users, items: Item, rows: Rows) -> np.ndarray:
     """Log-odds of index rows for the users of the table: [rows], float64 on the host."""
-    if len(rows.target) == 0:
+    count = len(rows.target)
+    if count == 0:
         return np.zeros(0)
-    return np.asarray(_log_odds(model, users, items, rows), np.float64)
+    index = np.concatenate([np.arange(count), np.full(step_up(count) - count, -1)])  # few shapes to compile
+    return np.asarray(_log_odds(model, users, items, padded(rows, index)), np.float64)[:count]
 
 
 def buckets(unit: np.ndarray, floats_per_row: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -305,7 +307,9 @@ def updated_root(root: np.ndarray, moments: Moments, names: tuple[str, ...]) -> 
         values, vectors = np.linalg.eigh(count * eye - moments.covariance)
         whiten = (vectors / np.sqrt(np.maximum(values, 1e-3))) @ vectors.T
         covariance = square @ whiten @ means @ whiten @ square.T
-        return np.linalg.cholesky(covariance + FLOOR * eye).astype(np.float32)
+        used = np.abs(square).max(axis=1) > 0  # coordinates that may not deviate stay where they are
+        found = np.linalg.cholesky(covariance + FLOOR * eye)
+        return np.where(used[:, None] & used[None, :], found, 0.0).astype(np.float32)
     new = root.copy()
     labels = np.array(names)
     for name in dict.fromkeys(names):
@@ -356,7 +360,7 @@ def fit_scale(
 
     def solve(x: float) -> Moments:
         table, new = scaled(x)
-        return solve_level(model, table, items, rows, unit, count, new, care=care)
+        return solve_level(model, table, items, rows, unit, count, new, care=care, rounds=ROUNDS if count > 1 else 0)
 
     seen, best = {0.0: moments}, 0.0
     for _ in range(4):

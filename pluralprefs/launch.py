@@ -173,14 +173,16 @@ def fit(
 ) -> Run:
     """Fit a family to your own comparisons with sensible defaults and return the run.
 
-    `data` is a file (`comparisons.read`, whose keywords `reading` are) or a table; `model` a name in `FAMILIES`;
+    `data` is a file or a table, read as `comparisons.read` does (`reading` are its keywords, pseudonyms included);
+    `model` a name in `FAMILIES`;
     `community_column` names the column of communities;
     `encoder` "minilm", "attributes", a folder or a Hugging Face id.
     """
     if model not in FAMILIES:
         raise ValueError(f"model {model!r} is none of {', '.join(FAMILIES)}")
     if isinstance(data, pl.DataFrame):
-        name, loader, table = "table", partial(table_in_memory), comparisons.validate(data)
+        table = comparisons.from_trl(data, community=community_column, **reading)
+        name, loader = "table", partial(table_in_memory)
     else:
         name, loader = Path(data).stem, partial(comparisons.read, str(data), community=community_column, **reading)
         table = loader()

@@ -169,7 +169,7 @@ def _fit_users(
     if pooled.parts is not None:
         start[~np.isin(names, (*pooled.parts, "gain"))] = 0.0
     if pooled.covariance == "full":
-        start = np.diag(start + 1e-3)
+        start = np.diag(np.where(start > 0, start + 1e-3, 0.0))
     best: tuple[float, Fitted] | None = None
     tried = {}
     for exponent in pooled.temper:
@@ -178,7 +178,7 @@ def _fit_users(
                                                  np.asarray(rows.user))  # fmt: skip
         candidate = scaled.replace(
             user=deviations(model, root, moments.mean), user_root=jnp.asarray(root),
-            residual=jnp.float32(pooled.residual),
+            residual=jnp.float32(0.0 if pooled.residual is True else pooled.residual),
         )  # fmt: skip
         fitted = Fitted(model, candidate, support, notes | {
             "temper": exponent, "user_strength": strengths(model, root), "evidence": moments.evidence,

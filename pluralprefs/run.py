@@ -27,15 +27,16 @@ import polars as pl
 from pluralprefs.adapt import laplace_user, neutral_size
 from pluralprefs.adapting import adapt_and_predict, adapt_units, mean_rewards, predict_rows
 from pluralprefs.contrasts import controls
-from pluralprefs.data import batches, splits
+from pluralprefs.data import batches, comparisons, splits
 from pluralprefs.data.files import DataError
+from pluralprefs.data.ids import pseudonym
 from pluralprefs.describe import resolve
 from pluralprefs.encoders.attributes import AttributeEncoder
 from pluralprefs.encoders.cache import encode_items
 from pluralprefs.encoders.features import Features
 from pluralprefs.evaluate import evaluate
 from pluralprefs.experiment import Experiment, Prepared, baseline_predictions, item_positions, text_lengths
-from pluralprefs.fitting import Fitted, Rows
+from pluralprefs.fitting import Fitted, Rows, step_up
 from pluralprefs.metrics import summarise
 from pluralprefs.registry.files import RegistryError, load_arrays, save_arrays, write_json
 from pluralprefs.registry.folder import RunFolder, open_run
@@ -114,6 +115,18 @@ class Run:
     items: Item | None
     fingerprint: str
 
+    def read(self, path: str | Path, **options: Any) -> pl.DataFrame:
+        """Read a file as this run's own data were read: the same columns, the same pseudonyms (`comparisons.read`)."""
+        return comparisons.read(path, **{**self._reading(), **options})
+
+    def known_as(self, user_id: str) -> str:
+        """The name under which `read` puts a user: a pseudonym, unless the run keeps ids."""
+        return pseudonym(user_id) if self._reading().get("pseudonymise", True) else user_id
+
+    def _reading(self) -> dict[str, Any]:
+        loader: Any = self.experiment.data
+        return dict(loader.keywords) if getattr(loader, "func", None) is comparisons.read else {}
+
     def adapt(self, table: pl.DataFrame) -> dict[str, UserPosterior]:
         """Adapt every user of a comparisons table (one or a hundred thousand) and return their posteriors by user_id.
 
@@ -143,6 +156,10 @@ class Run:
         `user_source` is "adapted" (given in `users`), "seen" (a user of the training data, kept in the run), else
         "community" or "population": the prior of a stranger. The probability is moderated by the uncertainty.
         """
+        for name, posterior in (users or {}).items():
+            if posterior.base not in ("", self.fingerprint):
+                raise DataError(f"the state of user {name!r} belongs to another model than {self.folder.name!r}: adapt "
+                                "the user to this run")  # fmt: skip
         items, rows = self._arrays(table)
         mean, variance = np.zeros(table.height), np.zeros(table.height)
         names = table["user_id"].fill_null("").to_list()
@@ -153,7 +170,8 @@ class Run:
         if len(others):
             part = jax.tree.map(lambda x: x[others], rows)
             mean[others], variance[others] = self._score_table(items, part, user)
-        source = np.where(rows.community >= 0, "community", "population").astype(object)
+        pooled = "community" if bool(jnp.any(self.users.community_root > 0)) else "population"
+        source = np.where(rows.community >= 0, pooled, "population").astype(object)
         source[others[user >= 0]] = "seen"
         source[given] = "adapted"
         rewards = self._rewards(items, rows, names, users or {})
@@ -171,18 +189,21 @@ class Run:
         return self.score(table, users)["probability"].to_numpy()
 
     def evaluate(self, table: pl.DataFrame) -> pl.DataFrame:
-        """Metric rows of every cell, control and baseline on other data; splits it first where it has no cells.
+        """Metric rows of every cell, control and baseline on other data, which need no cells.
 
-        Users of the table are strangers unless the run kept them; their support is drawn from the table itself.
+        Rows of users that the run kept are tested (seen/testpair), with the users' training rows as support; pairs that
+        a user was trained on are left out. Of a user it does not know a fifth of the pairs is tested (unseen/testpair)
+        and the shots come from the others. New prompts have no cells of their own here.
         """
-        if "cell" not in table.columns:
-            table = _as_strangers(table) if self.rows is None else splits.split(table, **self.experiment.split)
         items, rows = self._arrays(table)
+        if "cell" not in table.columns:
+            known = np.zeros(table.height, bool) if self.rows is None else np.isin(rows.user, self.rows.user)
+            table = _with_cells(table, known & (np.asarray(rows.user) >= 0), self._trained(items, rows))
         draws = splits.support_draws(table, shots=self.experiment.shots, draws=self.experiment.draws)
-        fitted = Fitted(self.model, self.users, _no_rows(rows), self.notes)
-        predictions = evaluate(fitted, items, table, rows.replace(user=np.full_like(rows.user, -1)), draws,
-                               model=self.experiment.name, shots=self.experiment.shots,
-                               adapter=self.experiment.adapter)  # fmt: skip
+        support, both, query = self._beside(items, rows)
+        fitted = Fitted(self.model, self.users, support, self.notes)
+        predictions = evaluate(fitted, both, table, query, draws, model=self.experiment.name,
+                               shots=self.experiment.shots, adapter=self.experiment.adapter)  # fmt: skip
         parts = [predictions, baseline_predictions(table, 0)] if predictions.height else [predictions]
         joined = pl.concat(parts)
         return pl.concat([summarise(joined, pool_seeds=True), controls(joined, pool_seeds=True)])
@@ -225,33 +246,52 @@ class Run:
             embedding = self.maps(embedding, text_lengths(items))
         item = item.replace(embedding=embedding, index=item_positions(items, self.vocabulary))
         rows = batches.index_rows(table, items, self.vocabulary, self.experiment.community)
-        return jax.tree.map(jnp.asarray, item), rows
+        place = np.pad(np.arange(items.height), (0, step_up(items.height) - items.height))  # few shapes to compile
+        return jax.tree.map(lambda x: jnp.asarray(np.asarray(x)[place]), item), rows
 
     def _score_given(
         self, items: Item, rows: Rows, names: list[str], given: np.ndarray, users: Mapping[str, UserPosterior],
         mean: np.ndarray, variance: np.ndarray,
     ) -> None:  # fmt: skip
-        for name, posterior in users.items():
-            index = np.flatnonzero(given & (np.array(names, object) == name))
-            if len(index):
-                part = jax.tree.map(lambda x, i=index: x[i], rows)
-                mean[index], variance[index] = predict_rows(self.model, self.users, items, posterior, part)
+        by_user: dict[str, list[int]] = {}
+        for row in np.flatnonzero(given):
+            by_user.setdefault(names[row], []).append(int(row))
+        for name, index in by_user.items():
+            part = jax.tree.map(lambda x, i=index: x[np.array(i)], rows)
+            mean[index], variance[index] = predict_rows(self.model, self.users, items, users[name], part)
 
     def _score_table(self, items: Item, rows: Rows, user: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Score rows for users of the training data, solved again from their rows, or for strangers (-1)."""
-        if self.rows is None or self.items is None:
-            support, both, shift = _no_rows(rows), items, 0
-        else:
-            shift = int(self.items.embedding.shape[0])
-            both = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), self.items, items)
-            known = np.isin(self.rows.user, user[user >= 0])
-            support = jax.tree.map(lambda x: x[known], self.rows)
+        support, both, query = self._beside(items, rows)
+        known = np.isin(support.user, user[user >= 0])
+        support = jax.tree.map(lambda x: x[known], support)
         stranger = int(user.max(initial=-1)) + 1
-        query = rows.replace(first=rows.first + shift, second=rows.second + shift)
         return adapt_and_predict(
             self.model, self.users, both, support, np.asarray(support.user), query,
             np.where(user >= 0, user, stranger), adapter=laplace_user,
         )  # fmt: skip
+
+    def _trained(self, items: Item, rows: Rows) -> np.ndarray:
+        """Which rows are a pair that the same user was trained on."""
+        if self.rows is None or self.items is None:
+            return np.zeros(len(rows.target), bool)
+
+        def keys(items: Item, rows: Rows) -> list[tuple[int, int, int]]:
+            place = np.asarray(items.index)
+            a, b = place[np.asarray(rows.first)], place[np.asarray(rows.second)]
+            return list(zip(np.asarray(rows.user).tolist(), np.minimum(a, b).tolist(), np.maximum(a, b).tolist(),
+                            strict=True))  # fmt: skip
+
+        known = {key for key in keys(self.items, self.rows) if min(key) >= 0}
+        return np.array([key in known for key in keys(items, rows)], bool)
+
+    def _beside(self, items: Item, rows: Rows) -> tuple[Rows, Item, Rows]:
+        """Kept training rows, their items before the given ones, and the given rows in terms of both."""
+        if self.rows is None or self.items is None:
+            return _no_rows(rows), items, rows
+        shift = int(self.items.embedding.shape[0])
+        both = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), self.items, items)
+        return self.rows, both, rows.replace(first=rows.first + shift, second=rows.second + shift)
 
     def _rewards(
         self, items: Item, rows: Rows, names: list[str], users: Mapping[str, UserPosterior]
@@ -269,12 +309,15 @@ def _no_rows(rows: Rows) -> Rows:
     return jax.tree.map(lambda x: x[:0], rows)
 
 
-def _as_strangers(table: pl.DataFrame) -> pl.DataFrame:
-    """Cells for data whose users are all new: a fifth of each user's pairs is tested, the rest is support."""
+def _with_cells(table: pl.DataFrame, known: np.ndarray, trained: np.ndarray) -> pl.DataFrame:
+    """Cells for other data, from masks of its rows: of `known` users, and `trained` on."""
     key = pl.concat_str([pl.min_horizontal("first_id", "second_id"), pl.max_horizontal("first_id", "second_id")],
                         separator="|")  # fmt: skip
     share = key.map_elements(lambda text: splits.stable_hash(f"pair|{text}") % 100, return_dtype=pl.Int64)
-    cell = pl.when(share < 80).then(pl.lit("unseen/support")).otherwise(pl.lit("unseen/testpair"))
+    cell = (
+        pl.when(pl.Series(trained)).then(pl.lit("train")).when(pl.Series(known)).then(pl.lit("seen/testpair"))
+        .when(share < 80).then(pl.lit("unseen/support")).otherwise(pl.lit("unseen/testpair"))
+    )  # fmt: skip
     return table.with_columns(pl.lit("test").alias("fold"), cell.alias("cell"))
 
 

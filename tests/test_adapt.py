@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -11,9 +12,10 @@ from families import arrays, pick, rows
 from scipy.optimize import minimize
 
 from pluralprefs.adapt import Judgements, laplace_user, predict, solve_items, solve_rows
-from pluralprefs.fitting import fit_strength
+from pluralprefs.adapting import predict_seen
+from pluralprefs.fitting import fit_strength, take
 from pluralprefs.models.bradley_terry import BradleyTerry
-from pluralprefs.pooling import fit_pooled, population_by_newton
+from pluralprefs.pooling import fit_pooled, population_by_newton, residual_variance
 from pluralprefs.types import Item
 from pluralprefs.users import Pooled, Users, apply_root, part_names, ravel
 
@@ -265,3 +267,27 @@ def test_a_sample_of_users_teaches_the_strength_of_all(monkeypatch):
     )
     assert (found != 0).all()
     assert np.corrcoef(found, expected)[0, 1] > 0.99
+
+
+def test_residual_variance_is_what_predictions_without_it_lack():
+    """Rows with an effect of their own, variance 4, that no level explains."""
+    draw = np.random.default_rng(9)
+    users, n, dim = 100, 120, 2
+    x = draw.normal(size=(400, dim)).astype(np.float32)
+    w = draw.normal(size=(users, dim))
+    first, second = draw.integers(0, 400, (2, users * n))
+    unit = np.repeat(np.arange(users), n).astype(np.int32)
+    truth = ((x[first] - x[second]) * w[unit]).sum(1)
+    target = (draw.random(users * n) < 1 / (1 + np.exp(-truth))).astype(np.float32)
+    noisy = truth + 2.0 * draw.normal(size=len(truth))
+    asked = np.arange(users * n) % 3 == 0
+    target[asked] = draw.random(asked.sum()) < 1 / (1 + np.exp(-noisy[asked]))
+    judged, items = jax.tree.map(np.asarray, rows(first, second, target)).replace(user=unit), arrays(Item(embedding=x))
+    base, _ = population_by_newton(linear(dim), items, take(judged, ~asked))
+    pooled = Pooled(gain=False, cross_fit=None, residual=True)
+    fitted = fit_pooled(base, items, take(judged, ~asked), pooled, users=users, communities=0,
+                        validation=take(judged, asked))  # fmt: skip
+    assert 1.5 < float(fitted.users.residual) < 6.0
+    without = replace(fitted, users=fitted.users.replace(residual=jnp.zeros(())))
+    expected = residual_variance(*predict_seen(without, items, take(judged, asked)), take(judged, asked))
+    np.testing.assert_allclose(float(fitted.users.residual), expected, rtol=1e-5)

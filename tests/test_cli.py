@@ -12,6 +12,18 @@ from tables import write
 from typer.testing import CliRunner
 
 from pluralprefs.cli import app
+from pluralprefs.data import comparisons
+from pluralprefs.data.files import DataError
+from pluralprefs.experiment import fingerprint
+from pluralprefs.launch import fit
+
+
+def own_columns(path, **options):
+    """A file whose users are in a column `annotator`."""
+    write(path, **options)
+    path.write_text(path.read_text("utf8").replace('"user_id"', '"annotator"'), "utf8")
+    return path
+
 
 REFUSED = [case for case in MALFORMED if case.rows is None]
 OFTEN = ("one comparison is enough", "a user id may look like a path", "a text of a megabyte is read")
@@ -179,3 +191,50 @@ def test_score_falls_back_to_the_prior_and_says_so(tmp_path):
     scored = call("score", run, "--input", asked)
     sources = [json.loads(line)["user_source"] for line in scored.output.splitlines()]
     assert sources == ["community", "population", "community"]
+
+
+def test_the_columns_and_ids_of_a_fit_hold_for_the_other_commands(tmp_path):
+    data = own_columns(tmp_path / "data.jsonl")
+    done = call("fit", data, "--model", "bradley_terry", "--encoder", "attributes", "--root", tmp_path / "runs",
+                "--set", "users.rounds=1", "--user-column", "annotator", "--keep-ids")  # fmt: skip
+    assert done.exit_code == 0, done.output + done.stderr
+    run = done.output.strip().splitlines()[-1]
+    new = own_columns(tmp_path / "new.jsonl", users=3, per_user=5, seed=4)
+    assert "3 users adapted" in call("adapt", run, "--comparisons", new, "--out", tmp_path / "u.safetensors").output
+    scores = [json.loads(line) for line in call("score", run, "--input", data).output.splitlines()]
+    assert {row["user_id"] for row in scores} == {f"user {i}" for i in range(8)}
+    assert sum(row["user_source"] == "seen" for row in scores) > 50
+
+
+def test_evaluate_tells_kept_users_from_new_ones_and_leaves_trained_pairs_out(fitted):
+    folder, run = fitted
+    cells = lambda path: {  # noqa: E731
+        (row["cell"], row["count"])
+        for row in map(json.loads, call("evaluate", run, "--data", path, "--json").output.splitlines())
+        if row["metric"] == "accuracy" and row["model"] == "bradley_terry" and row["control"] is None
+    }
+    new = folder / "others.jsonl"
+    write(new, users=4, seed=3, user_id="other {}".format)
+    assert {cell for cell, _ in cells(new)} == {"unseen/testpair"}
+    again = cells(folder / "data.jsonl")  # the file of the fit: what was trained on tests nothing
+    assert {cell for cell, _ in again} == {"seen/testpair", "unseen/testpair"}
+    assert sum(count for cell, count in again if cell == "seen/testpair") < 8 * 24 / 2
+
+
+def test_a_table_in_memory_is_read_like_a_file(tmp_path):
+    frame = pl.read_ndjson(write(tmp_path / "data.jsonl")).rename({"user_id": "annotator"})
+    with pytest.raises(TypeError):
+        fit(frame, model="bradley_terry", encoder="attributes", root=tmp_path, nonsense=3)
+    run = fit(frame, model="bradley_terry", encoder="attributes", root=tmp_path, user="annotator", progress=False,
+              overrides=["users.rounds=1", "shots=[0]"])  # fmt: skip
+    assert all(name.startswith("u_") for name in run.vocabulary.users)
+    posterior = run.prior().replace(base="another model")
+    table = comparisons.from_trl(frame, user="annotator")
+    with pytest.raises(DataError, match="another model"):
+        run.score(table, {table["user_id"][0]: posterior})
+
+
+def test_a_change_of_any_column_changes_the_fingerprint(tmp_path):
+    table = comparisons.read(write(tmp_path / "data.jsonl"))
+    other = table.with_columns(pl.col("attr:x:first") * 2)
+    assert fingerprint(other) != fingerprint(table) == fingerprint(table.reverse())

@@ -307,3 +307,8 @@ def test_every_listed_path_can_be_set():
 def test_a_wrong_value_is_refused_with_its_path(assignment, why):
     with pytest.raises(DescriptionError, match=why):
         override(EXAMPLE, assignment)
+
+
+def test_a_list_is_not_replaced_by_text_that_is_not_json():
+    with pytest.raises(DescriptionError, match="JSON list"):
+        override({"shots": (0, 2)}, "shots=(0,4)")
