@@ -5,8 +5,9 @@ at 32 shots on mixtures (ideal: 77.3 %, 0.443).
 Command: PLURALPREFS_DATA=... pluralprefs train experiments/persona.py [--only mix_low_rank]
 Result (2026-11-21, low_rank, seeds 0 to 2, under 6 minutes a world on 2 CPU cores under other load): mixtures:
 seen/testpair 78.3 [76.3, 80.2]; 0.455, unseen 62.5; 0.646 at 2 shots, 73.0; 0.534 at 8, 74.2; 0.515 at 16, 76.6 [74.0,
-79.4]; 0.472 at 32. unmixed: 100.0 [100.0, 100.0]; 0.245 from 2 shots on, 0.083 at 32. The other families were not run
-here. Intervals are over users.
+79.4]; 0.472 at 32. unmixed: 100.0 [100.0, 100.0]; 0.245 from 2 shots on, 0.083 at 32. Mixtures,
+lore, seeds 0 to 2: seen/testpair 78.7 [76.8, 80.7]; 0.461, unseen 76.2 [73.3, 79.4]; 0.488 at 32 shots. The other
+families were not run here. Intervals are over users.
 """
 
 import os
