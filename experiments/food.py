@@ -21,19 +21,14 @@ from functools import partial
 
 from pluralprefs import encoders
 from pluralprefs.data.sources import protocol
-from pluralprefs.experiment import FAMILIES, Experiment
+from pluralprefs.experiment import every_family
 
 DATA = os.environ.get("PLURALPREFS_DATA", "../shared/data")
 
-experiments = {
-    name: Experiment(
-        data=partial(protocol.load, DATA, "food"),
-        support=partial(protocol.shots, DATA, "food"),
-        encoder=partial(encoders.load, "attributes"),
-        name=name,
-        data_name="food",
-        seeds=(0,) if name in ("bradley_terry", "individual") else (0, 1, 2),
-        **{**FAMILIES[name], "features": {}},
-    )
-    for name in FAMILIES
-}
+experiments = every_family(
+    data=partial(protocol.load, DATA, "food"),
+    support=partial(protocol.shots, DATA, "food"),
+    encoder=partial(encoders.load, "attributes"),
+    data_name="food",
+    features={},
+)

@@ -15,20 +15,17 @@ from functools import partial
 
 from pluralprefs import encoders
 from pluralprefs.data.sources import protocol
-from pluralprefs.experiment import FAMILIES, Experiment
+from pluralprefs.experiment import every_family
 
 DATA = os.environ.get("PLURALPREFS_DATA", "../shared/data")
 
 experiments = {
-    f"{world}_{name}": Experiment(
+    f"{world}_{name}": experiment
+    for world in ("cross", "mix")
+    for name, experiment in every_family(
         data=partial(protocol.load, DATA, f"persona_{world}"),
         support=partial(protocol.shots, DATA, f"persona_{world}"),
         encoder=partial(encoders.load, "minilm"),
-        name=name,
         data_name=f"persona_{world}",
-        seeds=(0,) if name in ("bradley_terry", "individual") else (0, 1, 2),
-        **FAMILIES[name],
-    )
-    for world in ("cross", "mix")
-    for name in FAMILIES
+    ).items()
 }

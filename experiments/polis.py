@@ -16,23 +16,17 @@ from functools import partial
 
 from pluralprefs import encoders
 from pluralprefs.data.sources import protocol
-from pluralprefs.experiment import FAMILIES, Experiment
+from pluralprefs.experiment import every_family
 from pluralprefs.users import Pooled
 
 DATA = os.environ.get("PLURALPREFS_DATA", "../shared/data")
 
-base = {
-    name: Experiment(
-        data=partial(protocol.load, DATA, "polis"),
-        support=partial(protocol.shots, DATA, "polis"),
-        encoder=partial(encoders.load, "minilm"),
-        name=name,
-        data_name="polis",
-        seeds=(0,) if name in ("bradley_terry", "individual") else (0, 1, 2),
-        **FAMILIES[name],
-    )
-    for name in FAMILIES
-}
+base = every_family(
+    data=partial(protocol.load, DATA, "polis"),
+    support=partial(protocol.shots, DATA, "polis"),
+    encoder=partial(encoders.load, "minilm"),
+    data_name="polis",
+)
 
 # Pairs made of one user's votes are not independent: a user's effect of each statement (the item part of the user
 # state) takes that dependence up, and the population's likelihood is tempered.

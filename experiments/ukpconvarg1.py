@@ -16,22 +16,16 @@ from functools import partial
 
 from pluralprefs import encoders
 from pluralprefs.data.sources import protocol
-from pluralprefs.experiment import FAMILIES, Experiment
+from pluralprefs.experiment import every_family
 from pluralprefs.users import Pooled
 
 DATA = os.environ.get("PLURALPREFS_DATA", "../shared/data")
 
-base = {
-    name: Experiment(
-        data=partial(protocol.load, DATA, "ukpconvarg1"),
-        support=partial(protocol.shots, DATA, "ukpconvarg1"),
-        encoder=partial(encoders.load, "minilm"),
-        name=name,
-        data_name="ukpconvarg1",
-        seeds=(0,) if name in ("bradley_terry", "individual") else (0, 1, 2),
-        **FAMILIES[name],
-    )
-    for name in FAMILIES
-}
+base = every_family(
+    data=partial(protocol.load, DATA, "ukpconvarg1"),
+    support=partial(protocol.shots, DATA, "ukpconvarg1"),
+    encoder=partial(encoders.load, "minilm"),
+    data_name="ukpconvarg1",
+)
 
 experiments = base | {"bradley_terry": replace(base["bradley_terry"], users=Pooled(levels=("user",), rounds=5))}

@@ -95,6 +95,18 @@ FAMILIES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
+def every_family(*, seeds: tuple[int, ...] = (0, 1, 2), **shared: Any) -> dict[str, Experiment]:
+    """One experiment a family, by name; `shared` are parts that all have, whatever `FAMILIES` says.
+
+    Families that are fitted by Newton alone have no random part, hence the first seed only.
+    """
+    found = {}
+    for name, parts in FAMILIES.items():
+        own = seeds[:1] if name in ("bradley_terry", "individual") else seeds
+        found[name] = Experiment(name=name, seeds=own, **{**parts, **shared})
+    return found
+
+
 @dataclass(frozen=True)
 class Prepared:
     """Data as arrays: the table with cells, its item table, features and index rows, all in the table's order."""
@@ -204,7 +216,8 @@ def fit_seed(
         residual=float(chosen.users.residual),
     )
     experiment = replace(experiment, epochs=chosen.notes.get("epochs", experiment.epochs))
-    fitted = fit(experiment, prepared, everything, None, settled, scale=float(chosen.users.scale), stage="refit")
+    scale = chosen.notes.get("inverse_temperature", 1.0)
+    fitted = fit(experiment, prepared, everything, None, settled, scale=scale, stage="refit")
     kept = {k: v for k, v in chosen.notes.items() if k.endswith("validation_nll") or k == "residual"}
     return replace(fitted, notes=fitted.notes | kept)
 

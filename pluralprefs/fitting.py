@@ -229,12 +229,14 @@ def _step(n: int, unit: int = 1024) -> int:
 
 def solve_level(
     model: RewardModel, users: Users, items: Item, rows: Rows, unit: Int[np.ndarray, " rows"], count: int,
-    root: np.ndarray, *, care: bool = False, rounds: int = ROUNDS,
+    root: np.ndarray, *, care: bool = False,
 ) -> Moments:  # fmt: skip
     """Solve every unit of a level against the table's base; rows with `unit` -1 are left out.
 
-    Units without rows keep the prior: mean 0, variance 1. `rounds` of moments: see `adapt`.
+    Units without rows keep the prior: mean 0, variance 1. A level of one unit, like the population, keeps to its mode:
+    the plug-in score of the levels after it.
     """
+    rounds = ROUNDS if count > 1 else 0
     size, full = root.shape[0], root.ndim == 2
     mean, variance = np.zeros((count, size), np.float32), np.ones((count, size), np.float32)
     covariance, evidence = np.zeros((size, size)), 0.0
@@ -327,11 +329,10 @@ def fit_strength(
 ) -> tuple[np.ndarray, Moments]:  # fmt: skip
     """Learn a level's prior root and return it with its units' posteriors.
 
-    The units' posteriors and the prior alternate until the root moves by less than 2 %, at most `rounds` times. A level
-    of one unit (the population) keeps to its mode.
+    The units' posteriors and the prior alternate until the root moves by less than 2 %, at most `rounds` times.
     """
     names = part_names(neutral(model))
-    solve = partial(solve_level, model, users, items, rows, unit, count, care=care, rounds=ROUNDS if count > 1 else 0)
+    solve = partial(solve_level, model, users, items, rows, unit, count, care=care)
     moments = solve(root)
     for _ in range(rounds):
         new = updated_root(root, moments, names)
@@ -360,23 +361,24 @@ def fit_scale(
 
     def solve(x: float) -> Moments:
         table, new = scaled(x)
-        return solve_level(model, table, items, rows, unit, count, new, care=care, rounds=ROUNDS if count > 1 else 0)
+        return solve_level(model, table, items, rows, unit, count, new, care=care)
 
-    seen, best = {0.0: moments}, 0.0
+    seen, best = {0: moments}, 0  # by steps from the start
     for _ in range(4):
-        best = max(seen, key=lambda x: seen[x].evidence)
-        for x in (best - step, best + step):
-            if x not in seen:
-                seen[x] = solve(x)
-        if all(seen[best].evidence >= seen[x].evidence for x in (best - step, best + step)):
+        best = max(seen, key=lambda at: seen[at].evidence)
+        for place in (best - 1, best + 1):
+            if place not in seen:
+                seen[place] = solve(place * step)
+        if all(seen[best].evidence >= seen[place].evidence for place in (best - 1, best + 1)):
             break
-    low, middle, high = (seen[x].evidence if x in seen else -np.inf for x in (best - step, best, best + step))
-    bend = low + high - 2 * middle
-    if np.isfinite(bend) and bend < 0:
-        vertex = best + float(np.clip(0.5 * step * (low - high) / bend, -step, step))
-        seen[vertex] = solve(vertex)
-    best = max(seen, key=lambda x: seen[x].evidence)
-    return *scaled(best), seen[best]
+    low, middle, high = (seen[place].evidence for place in (best - 1, best, best + 1))
+    found, bend = [(seen[at].evidence, at * step, seen[at]) for at in seen], low + high - 2 * middle
+    if bend < 0:
+        vertex = (best + float(np.clip(0.5 * (low - high) / bend, -1.0, 1.0))) * step
+        at_vertex = solve(vertex)
+        found.append((at_vertex.evidence, vertex, at_vertex))
+    _, x, moments = max(found, key=lambda entry: entry[0])
+    return *scaled(x), moments
 
 
 def deviations(model: RewardModel, root: np.ndarray, mean: np.ndarray) -> Deviation:

@@ -277,7 +277,7 @@ def population_by_newton(
         if mask is None:
             return model, whole
         if mask.tobytes() not in solved:
-            mode = solve_level(model, empty, items, flat, np.where(mask, 0, -1), 1, root, rounds=0).mean
+            mode = solve_level(model, empty, items, flat, np.where(mask, 0, -1), 1, root).mean
             solved[mask.tobytes()] = _population(model, empty, root, mode)
         return model, solved[mask.tobytes()]
 
