@@ -29,6 +29,7 @@ app.add_typer(data_app, name="data")
 
 MODELS = "bradley_terry, bradley_terry_mlp, individual, low_rank, lore, ideal_point or ideal_direction."
 Root = Annotated[Path, typer.Option("--root", help="Folder of run folders.")]
+Seed = Annotated[int | None, typer.Option("--seed", help="Which of the run's fits; the first by default.")]
 Set = Annotated[list[str] | None, typer.Option("--set", help="Override a part: --set model.prototypes=8")]
 Seeds = Annotated[str | None, typer.Option("--seeds", help="Seeds, for example 0,1,2")]
 
@@ -67,7 +68,7 @@ def train(
     assignments: Set = None,
     seeds: Seeds = None,
     only: Annotated[str | None, typer.Option(help="Names of experiments, where the file has several: a,b")] = None,
-    root: Root = Path("runs"),
+    root: Annotated[Path | None, typer.Option("--root", help="Folder of run folders.", show_default="runs")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run folder SOURCE where it stopped.")] = False,
     debug: Annotated[bool, typer.Option(help="Show tracebacks.")] = False,
 ) -> None:
@@ -78,8 +79,9 @@ def train(
     from pluralprefs.describe import override
 
     if resume:
-        if assignments or seeds is not None or only:
-            raise ValueError("--resume goes on with the recorded experiment: leave out --set, --seeds and --only")
+        if assignments or seeds is not None or only or root is not None:
+            raise ValueError("--resume goes on in the run's own folder with the recorded experiment: leave out --set, "
+                             "--seeds, --only and --root")  # fmt: skip
         _finish(launch.resume(source, tell=say))
         return
     experiments = _experiments(source, only)
@@ -88,7 +90,7 @@ def train(
     if seeds is not None:
         experiments = [replace(experiment, seeds=_seeds(seeds)) for experiment in experiments]
     for experiment in experiments:
-        _finish(launch.run(experiment, root=root, tell=say))
+        _finish(launch.run(experiment, root=root or Path("runs"), tell=say))
 
 
 @app.command(epilog="Example: pluralprefs fit my.jsonl --model low_rank --encoder minilm --user-column annotator")
@@ -123,13 +125,14 @@ def fit(
 def evaluate(
     run: Annotated[Path, typer.Argument(help="Run folder.")],
     data: Annotated[Path, typer.Option(help="Comparisons to evaluate on.")],
+    seed: Seed = None,
     json: Annotated[bool, typer.Option("--json", help="Metric rows as JSON lines.")] = False,
     debug: Annotated[bool, typer.Option(help="Show tracebacks.")] = False,
 ) -> None:
     """Every metric, baseline and control on other data."""
     from pluralprefs.results import results_table
 
-    loaded = _load(run)
+    loaded = _load(run, seed)
     rows = loaded.evaluate(loaded.read(data))
     if not rows.height:
         raise ValueError(f"{data}: nothing to test: its few pairs are all support of new users, or were trained on")
@@ -143,10 +146,11 @@ def adapt(
     comparisons: Annotated[Path, typer.Option(help="Comparisons of one user or of many; an empty file is the prior.")],
     out: Annotated[Path, typer.Option(help="Where the user states go (one safetensors file).")],
     user_id: Annotated[str, typer.Option(help="Name of the user of a file without users.")] = "",
+    seed: Seed = None,
     debug: Annotated[bool, typer.Option(help="Show tracebacks.")] = False,
 ) -> None:
     """Adapt to new users from their comparisons, all in one call."""
-    loaded = _load(run)
+    loaded = _load(run, seed)
     empty = not comparisons.read_bytes().strip()
     found = {} if empty else loaded.adapt(loaded.read(comparisons, allow_empty=True))
     name = loaded.known_as(user_id) if user_id else ""
@@ -171,12 +175,13 @@ def score(
     data: Annotated[Path, typer.Option("--input", help="Pairs to score; no target needed.")],
     user: Annotated[Path | None, typer.Option(help="User states from `adapt`.")] = None,
     out: Annotated[Path | None, typer.Option(help="Where scores go (.jsonl, .csv, .parquet); else printed.")] = None,
+    seed: Seed = None,
     debug: Annotated[bool, typer.Option(help="Show tracebacks.")] = False,
 ) -> None:
     """Rewards, P(first) and uncertainty of each pair, and whose state was used."""
     from pluralprefs.data.files import write_frame
 
-    loaded = _load(run)
+    loaded = _load(run, seed)
     table = loaded.read(data, labelled=False)
     users = loaded.load_users(user) if user else {}
     scores = loaded.score(_named(table, users), users)
@@ -202,6 +207,8 @@ def runs(
 
     from pluralprefs.registry import list_runs
 
+    if not root.is_dir():
+        raise ValueError(f"{root}: no such folder; --root names the folder that `train` and `fit` write runs to")
     table = list_runs(root, where)
     if json:
         say(table.write_ndjson().rstrip())
@@ -272,10 +279,10 @@ def _seeds(text: str) -> tuple[int, ...]:
         raise ValueError(f"--seeds {text!r}: give different whole numbers with commas, for example 0,1,2") from None
 
 
-def _load(path: Path) -> Run:
+def _load(path: Path, seed: int | None) -> Run:
     from pluralprefs.run import load
 
-    return load(path)
+    return load(path, seed=seed)
 
 
 def _finish(run: Run) -> None:

@@ -296,10 +296,14 @@ def _fit(old: Any, new: Any, path: str) -> Any:
     if isinstance(old, bool | int | float) and isinstance(new, str):
         hint = "true or false" if isinstance(old, bool) else "a number"
         raise DescriptionError(f"{path}: expected {hint} (now {json.dumps(old)}), found {new!r}")
+    if type(old) is int and isinstance(new, float) and new != int(new):
+        raise DescriptionError(f"{path}: expected a whole number (now {old}), found {new!r}")
     if isinstance(old, tuple | list) and isinstance(new, str):
         raise DescriptionError(f"{path}: expected a JSON list such as {json.dumps(list(old))}, found {new!r}")
     if old is not _MISSING and (inner := list(_children(old))) and isinstance(new, bool | int | float | str):
         raise DescriptionError(f"{path} is a part, not a value; set one of {', '.join(f'{path}.{n}' for n in inner)}")
+    if type(old) is int and isinstance(new, float):
+        new = int(new)
     return Path(new) if isinstance(old, Path) and isinstance(new, str) else new
 
 

@@ -128,19 +128,21 @@ def _checkpoints(folder: RunFolder, seed: int) -> Path:
 
 @contextmanager
 def _epoch_bar(title: str, *, shown: bool) -> Iterator[Report]:
-    """Give a function that shows epochs done on standard error, where that is a terminal."""
+    """Show that a seed is being fitted on standard error, where that is a terminal; give a function for epochs done."""
     from rich.console import Console
-    from rich.progress import Progress
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
     trainings, last = 0, 0
-    with Progress(console=Console(stderr=True), disable=not (shown and sys.stderr.isatty()), transient=True) as bar:
-        task = bar.add_task(title, total=None, visible=False)
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+    console, hidden = Console(stderr=True), not (shown and sys.stderr.isatty())
+    with Progress(*columns, console=console, disable=hidden, transient=True) as bar:
+        task = bar.add_task(f"{title}: compiling, then fitting", total=None)
 
         def report(done: int, epochs: int, loss: float) -> None:
             nonlocal trainings, last
             trainings, last = trainings + (not last or done <= last), done
             text = f"{title}, training {trainings}: epoch {done}/{epochs}, loss {loss:.4f}"
-            bar.update(task, description=text, completed=done, total=epochs, visible=True)
+            bar.update(task, description=text, completed=done, total=epochs)
 
         yield report
 

@@ -1,4 +1,4 @@
-"""The results table in text: families down, cells across, "accuracy [low, high]; NLL" in each field."""
+"""The results table in text: models and cells, "accuracy [low, high]; NLL" in each field."""
 
 from __future__ import annotations
 
@@ -9,24 +9,20 @@ import polars as pl
 ORDER = ("seen/testpair", "seen/newprompt", "unseen/testpair", "unseen/newprompt")
 
 
-def results_table(
-    rows: pl.DataFrame,
-    models: Sequence[str] | None = None,
-    cells: Sequence[str] | None = None,
-    bayes: float | None = None,
-) -> str:
-    """Lay metric rows out as a markdown table: accuracy in per cent with its 95 % interval over users, then nats.
+def results_table(rows: pl.DataFrame, models: Sequence[str] | None = None, cells: Sequence[str] | None = None) -> str:
+    """Lay metric rows out as an aligned markdown table: accuracy in per cent, 95 % interval over users, then nats.
 
-    `models` and `cells` ("unseen/testpair@8" for 8 shots) choose and order; without them all are shown. `bayes` is the
-    best reachable accuracy, added as a last row. Raises ValueError where a field would hold several seeds: summarise
-    with pool_seeds=True.
+    Down go the models or the cells, whichever are more, so that a terminal shows it unbroken.
+
+    `models` and `cells` ("unseen/testpair@8" for 8 shots) choose and order; without them all are shown. Raises
+    ValueError where a field would hold several seeds: summarise with pool_seeds=True.
 
     >>> row = {"model": "a|b", "cell": "seen/testpair", "shots": None, "seed": 0, "control": None, "community": None}
     >>> row |= {"ci_low": 0.6, "ci_high": 0.8, "metric": "accuracy", "value": 0.7}
     >>> print(results_table(pl.DataFrame([row])))
-    | model | seen/testpair |
-    |---|---|
-    | a\\|b | 70.0 [60.0, 80.0] |
+    | cell@shots    | a\\|b              |
+    |---------------|-------------------|
+    | seen/testpair | 70.0 [60.0, 80.0] |
     """
     shown = rows.filter(
         pl.col("control").is_null(), pl.col("community").is_null(), pl.col("metric").is_in(["accuracy", "nll"])
@@ -34,12 +30,14 @@ def results_table(
     shown = shown.with_columns(column_name(), pl.col("seed"))
     fields = _fields(shown)
     names = list(dict.fromkeys(shown["model"])) if models is None else list(models)
-    columns = column_order(shown) if cells is None else list(cells)
-    lines = [["model", *columns], *([name, *(_field(fields, name, cell) for cell in columns)] for name in names)]
-    if bayes is not None:
-        lines.append(["Bayes bound", *[f"{100 * bayes:.1f}"] * len(columns)])
-    text = ["| " + " | ".join(_escaped(field) for field in line) + " |" for line in lines]
-    return "\n".join([text[0], "|" + "---|" * (len(columns) + 1), *text[1:]])
+    lines = [["cell@shots", *names]]
+    for cell in column_order(shown) if cells is None else cells:
+        lines.append([cell, *(_field(fields, name, cell) for name in names)])
+    lines = [list(line) for line in zip(*lines, strict=True)] if len(lines) - 1 < len(names) else lines
+    text = [[_escaped(field) for field in line] for line in lines]
+    width = [max(len(line[i]) for line in text) for i in range(len(text[0]))]
+    drawn = ["| " + " | ".join(field.ljust(n) for field, n in zip(line, width, strict=True)) + " |" for line in text]
+    return "\n".join([drawn[0], "|" + "|".join("-" * (n + 2) for n in width) + "|", *drawn[1:]])
 
 
 def column_name() -> pl.Expr:

@@ -330,6 +330,8 @@ def load(path: str | Path, *, seed: int | None = None) -> Run:
     content, where = folder.read(), Path(folder.path)
     chosen = int(content["seeds"][0] if seed is None else seed)
     if str(chosen) not in content.get("notes", {}):
+        if chosen not in content["seeds"]:
+            raise RegistryError(f"{where}: was not fitted with seed {chosen}, but with {content['seeds']}")
         raise RegistryError(f"{where}: the run is {folder.status} and has no parameters of seed {chosen}: continue it "
                             "with `pluralprefs train --resume`")  # fmt: skip
     experiment = resolve(content["experiment"])

@@ -178,6 +178,16 @@ def test_train_runs_some_of_a_file_with_seeds_and_settings_and_repeats_a_run(tmp
     assert len(list(root.iterdir())) == 2
 
 
+def test_a_seed_or_a_root_that_is_not_there_is_said(fitted, tmp_path):
+    folder, run = fitted
+    done = call("score", run, "--input", write(folder / "seeds.jsonl", users=2, seed=5), "--seed", 7)
+    assert done.exit_code == 2
+    assert "not fitted with seed 7" in done.output
+    assert call("score", run, "--input", folder / "seeds.jsonl", "--seed", 0).exit_code == 0
+    assert "no such folder" in call("runs", "--root", tmp_path / "nope").output
+    assert "--root" in call("train", run, "--resume", "--root", tmp_path).output
+
+
 def test_score_falls_back_to_the_prior_and_says_so(tmp_path):
     data = write(tmp_path / "data.jsonl", community_id=lambda row: "even" if row % 2 else "odd")
     done = call("fit", data, "--model", "bradley_terry", "--encoder", "attributes", "--root", tmp_path / "runs",

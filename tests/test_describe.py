@@ -299,6 +299,7 @@ def test_every_listed_path_can_be_set():
         ("model.prototypes", "write PATH=VALUE"),
         ("=3", "write PATH=VALUE"),
         ("users.strength=high", "^users.strength: expected a number"),
+        ("model.prototypes=2.5", "^model.prototypes: expected a whole number"),
         ("cross_fit=yes", "^cross_fit: expected true or false"),
         ("users=3", "^users is a part, not a value; set one of users.levels, users.strength$"),
         ('model={"ref": "os:system"}', "^model: os:system lies outside"),

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+gelu = partial(jax.nn.gelu, approximate=False)  # the one of PyTorch, and of the released models
 Weights = tuple[dict[str, Array], ...]
 
 
@@ -21,7 +23,7 @@ def init_mlp(key: jax.Array, sizes: Sequence[int]) -> Weights:
 
 
 def mlp(
-    weights: Weights, x: Float[Array, "*batch n"], activation: Callable[[Array], Array] = jax.nn.gelu
+    weights: Weights, x: Float[Array, "*batch n"], activation: Callable[[Array], Array] = gelu
 ) -> Float[Array, "*batch m"]:
     """Apply an MLP: the activation stands between layers, not after the last."""
     for i, layer in enumerate(weights):
