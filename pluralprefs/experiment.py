@@ -38,6 +38,7 @@ from pluralprefs.types import Item, LinearInUser, Reduction
 from pluralprefs.users import Pooled, Users
 
 TRAINING = ("train",)
+STEPS = 256  # of an epoch, at most
 FINAL = ("train", "validation", "train_only_final")
 Tell = Callable[[str], None]
 
@@ -50,6 +51,7 @@ class Experiment:
     shots, draws   the shot curve of unseen users; `support` returns published draws instead of drawing
     controls   predict for the wrong user and with reversed labels too
     epochs     at most; validation rows choose how many
+    batch_size   rows of a step, more where an epoch would have over `STEPS` of them
     refit      fit again on training and validation rows once they have chosen exponents and epochs
     save_users     keep the seen users' training rows in the run folder (personal data): needed to score them later
     """
@@ -208,12 +210,14 @@ def fit_seed(
     everything = take(prepared.rows, np.flatnonzero(np.isin(cell, FINAL)))
     if not choose:
         return fit(experiment, prepared, everything, None, experiment.users)
-    chosen = fit(experiment, prepared, train, validation, experiment.users)
+    about_users = len(pooled.temper) > 1 or pooled.residual is True
+    asked = pooled if about_users else replace(pooled, levels=(), cross_fit=None)  # no folds where none are needed
+    chosen = fit(experiment, prepared, train, validation, asked)
     settled = replace(
         pooled,
         temper=(chosen.notes.get("temper", 1.0),),
         population_temper=(chosen.notes.get("population_temper", 1.0),),
-        residual=float(chosen.users.residual),
+        residual=float(chosen.users.residual) if about_users else pooled.residual,
     )
     experiment = replace(experiment, epochs=chosen.notes.get("epochs", experiment.epochs))
     scale = chosen.notes.get("inverse_temperature", 1.0)
@@ -236,8 +240,8 @@ def _fit(
         base = gradient_base(
             model, prepared.features, rows, pooled, users=0 if linear else users, likelihood=experiment.likelihood,
             reduction=experiment.reduction, optimizer=experiment.optimizer(), epochs=experiment.epochs,
-            batch_size=min(experiment.batch_size, len(rows.target)), seed=seed, validation=validation, notes=notes,
-            checkpoints=checkpoints and checkpoints / stage, report=report,
+            batch_size=_batch_size(experiment.batch_size, len(rows.target)), seed=seed, validation=validation,
+            notes=notes, checkpoints=checkpoints and checkpoints / stage, report=report,
         )  # fmt: skip
         base(None)  # the folds are trained for as many epochs as suit all rows
     if not isinstance(experiment.likelihood, Logistic):
@@ -247,6 +251,11 @@ def _fit(
     return fit_pooled(
         base, prepared.features, rows, pooled, users=users, communities=communities, validation=validation, notes=notes
     )
+
+
+def _batch_size(asked: int, rows: int) -> int:
+    """The asked rows a step, or as many as keep an epoch to `STEPS`; at most all."""
+    return min(max(asked, -(-rows // STEPS)), rows)
 
 
 def _scaled(base: Callable[..., tuple[Any, Users]], scale: float) -> Callable[..., tuple[Any, Users]]:
