@@ -37,6 +37,7 @@ from pluralprefs.types import Comparisons, Covariance, Item, LinearInUser, Rewar
 from pluralprefs.users import Deviation, Users, apply_root, deviating_log_odds, gather, neutral, ravel
 
 STEPS = 8
+CHUNK = 1024  # rows at once in `solve_many`
 ROUNDS = 2  # of the moments; more change a strength by less than 1 %
 _NODES, _MASSES = np.polynomial.hermite_e.hermegauss(12)
 QUADRATURE = tuple(zip(_NODES.tolist(), (_MASSES / _MASSES.sum()).tolist(), strict=True))  # of a standard normal
@@ -266,6 +267,77 @@ def solve_items(
     phi = jnp.concatenate([scale * features, gain[None, :]])
     a = phi * root[None, :] if root.ndim == 1 else phi @ root
     return newton(lambda beta: a @ beta, a, rows, a.shape[1], steps=steps, rounds=rounds)
+
+
+def solve_many(
+    model: LinearInUser, items: Item, rows: Judgements, root: Array, scale: Array, *, steps: int = STEPS,
+    rounds: int = ROUNDS, chunk: int = CHUNK,
+) -> Solution:  # fmt: skip
+    """Solve as `solve_items` does where a unit has judged more items than its state has coordinates.
+
+    Sums over chunks of rows make one system [size, size], so memory does not grow with rows or items. `items` are those
+    that `rows.first` and `rows.second` index, all at least 0, with rows a multiple of `chunk` (weight 0 as padding).
+    Latent values are the coordinates themselves: the covariance is I - M, with the identity as jacobian.
+    """
+    gain = ravel(Deviation(jax.tree.map(jnp.zeros_like, model.init_user()), jnp.ones(())))[0]
+    size = gain.shape[0]
+    parts = jax.tree.map(lambda x: jnp.asarray(x).reshape(-1, chunk, *jnp.shape(x)[1:]), rows)
+
+    def directions(part: Judgements) -> Float[Array, "chunk size"]:
+        pick = lambda index: latent_features(model, jax.tree.map(lambda x: x[index], items))  # noqa: E731
+        phi = scale * (pick(part.first) - pick(part.second)) + part.care[:, None] * gain[None, :]
+        return phi * root[None, :] if root.ndim == 1 else phi @ root
+
+    def sums(beta: Vector, covariance: Float[Array, "size size"] | None) -> tuple[Vector, Float[Array, "size size"]]:
+        """Gradient of the log-likelihood, and (expected) curvature of its negative, in the coordinates."""
+
+        def add(total: tuple, part: Judgements) -> tuple[tuple, None]:
+            a = directions(part)
+            shrink = jnp.ones(chunk)
+            if covariance is not None:
+                shrink = 1.0 / jnp.sqrt(1.0 + jnp.pi * jnp.sum((a @ covariance) * a, axis=1) / 8.0)
+            p = jax.nn.sigmoid(shrink * (part.fixed + a @ beta))
+            h = part.weight * shrink * p * (1.0 - p)
+            return (total[0] + (part.weight * (part.target - p)) @ a, total[1] + a.T @ (h[:, None] * a)), None
+
+        return jax.lax.scan(add, (jnp.zeros(size), jnp.zeros((size, size))), parts)[0]
+
+    def nats(beta: Vector, covariance: Float[Array, "size size"] | None = None) -> Float[Array, ""]:
+        def add(total: Array, part: Judgements) -> tuple[Array, None]:
+            a = directions(part)
+            logits, nodes = part.fixed + a @ beta, ((0.0, 1.0),) if covariance is None else QUADRATURE
+            spread = 0.0 if covariance is None else jnp.sqrt(jnp.maximum(jnp.sum((a @ covariance) * a, axis=1), 0.0))
+            return total + sum(mass * jnp.sum(_nats(logits + node * spread, part)) for node, mass in nodes), None
+
+        return jax.lax.scan(add, jnp.zeros(()), parts)[0]
+
+    def step(carry: tuple) -> tuple:
+        i, beta, _ = carry
+        gradient, curvature = sums(beta, None)
+        proposal = jnp.linalg.solve(jnp.eye(size) + curvature, curvature @ beta + gradient)
+        trials = jnp.stack([beta + t * (proposal - beta) for t in (1.0, 0.5, 0.25)])
+        new = trials[jnp.argmin(jax.lax.map(lambda b: nats(b) + 0.5 * b @ b, trials))]
+        return i + 1, new, jnp.max(jnp.abs(new - beta))
+
+    def settle(mean: Vector, covariance: Array | None) -> tuple[Vector, Float[Array, "size size"], Float[Array, ""]]:
+        """Newton's mean, the covariance, and the log determinant of its inverse, under the curvature at a posterior."""
+        gradient, curvature = sums(mean, covariance)
+        factors = jax.scipy.linalg.lu_factor(jnp.eye(size) + curvature)
+        target = (curvature @ mean + gradient)[:, None]
+        solved = jax.scipy.linalg.lu_solve(factors, jnp.concatenate([jnp.eye(size), target], axis=1))
+        return solved[:, -1], solved[:, :-1], jnp.sum(jnp.log(jnp.abs(jnp.diagonal(factors[0]))))
+
+    start = (0, jnp.zeros(size), jnp.asarray(jnp.inf))
+    _, mean, _ = jax.lax.while_loop(lambda carry: (carry[0] < steps) & (carry[2] > 1e-4), step, start)
+    _, covariance, determinant = settle(mean, None)
+    if not rounds:
+        evidence = -nats(mean) - 0.5 * (mean @ mean + determinant)
+        return Solution(mean, jnp.eye(size), jnp.eye(size) - covariance, evidence)
+    for _ in range(rounds):
+        mean, covariance, determinant = settle(mean, covariance)
+    known = size - jnp.trace(covariance)
+    evidence = -nats(mean, covariance) - 0.5 * (mean @ mean - known + determinant)
+    return Solution(mean, jnp.eye(size), jnp.eye(size) - covariance, evidence)
 
 
 def latent_features(model: LinearInUser, items: Item) -> Float[Array, "items size"]:

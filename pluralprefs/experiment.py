@@ -39,6 +39,7 @@ from pluralprefs.users import Pooled, Users
 
 TRAINING = ("train",)
 STEPS = 256  # of an epoch, at most
+MOST_ITEMS = 2000  # with an effect of their own, for the population and for each user
 FINAL = ("train", "validation", "train_only_final")
 Tell = Callable[[str], None]
 
@@ -135,7 +136,7 @@ def prepare(experiment: Experiment, table: pl.DataFrame | None = None, *, progre
     items = batches.item_table(table)
     encoder, features, maps = encode(experiment, table, items, progress=progress)
     rows = batches.index_rows(table, items, vocabulary, experiment.community)
-    vocabulary = vocabulary._replace(items=_training_items(table))
+    vocabulary = vocabulary._replace(items=_effect_items(table))
     features = features.replace(index=item_positions(items, vocabulary))
     return Prepared(table, items, features, rows, vocabulary, maps, encoder, tuple(notes))
 
@@ -180,8 +181,20 @@ def item_positions(items: pl.DataFrame, vocabulary: batches.Vocabulary) -> np.nd
 
 
 def _training_items(table: pl.DataFrame) -> tuple[str, ...]:
+    """The item ids of training rows."""
     rows = table.filter(pl.col("cell").is_in(FINAL))
     return tuple(sorted(set(rows["first_id"]) | set(rows["second_id"])))
+
+
+def _effect_items(table: pl.DataFrame) -> tuple[str, ...]:
+    """The items that get an effect of their own: judged in two training rows or more, and at most `MOST_ITEMS`.
+
+    The effect of an item that was judged once says nothing about another row; the most judged come first.
+    """
+    rows = table.filter(pl.col("cell").is_in(FINAL))
+    counts = pl.concat([rows["first_id"], rows["second_id"]]).alias("item").value_counts()
+    often = counts.filter(pl.col("count") > 1).sort(["count", "item"], descending=[True, False])
+    return tuple(sorted(often["item"][:MOST_ITEMS]))
 
 
 def fit_seed(

@@ -28,11 +28,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from pluralprefs.adapt import ROUNDS, Judgements, Solution, solve_items, solve_rows
+from pluralprefs.adapt import ROUNDS, Judgements, Solution, solve_items, solve_many, solve_rows
 from pluralprefs.types import Comparisons, Item, LinearInUser, RewardModel
 from pluralprefs.users import Deviation, Users, apply_root, log_odds, neutral, part_names, ravel
 
 ROWS_AT_ONCE = 4096
+MANY_ITEMS = 2048  # distinct items of one unit beyond which its system is one of coordinates, never of items
 LARGE = 512  # comparisons of one unit beyond which it is solved through its distinct items
 FLOATS_AT_ONCE = 2**24
 FLOOR = 1e-6  # a variance of zero could not grow again
@@ -205,25 +206,37 @@ def _solve_large(
     return solve_items(model, items, rows, root, scale, rounds=rounds)
 
 
+@partial(jax.jit, static_argnames="rounds")
+def _solve_many(model: LinearInUser, items: Item, rows: Judgements, root: Array, scale: Array, rounds: int) -> Solution:
+    return solve_many(model, items, rows, root, scale, rounds=rounds)
+
+
 def large_unit(
     model: Any, users: Users, items: Item, rows: Rows, root: np.ndarray, *, care: bool = False, rounds: int = ROUNDS
 ) -> Solution:
-    """Solve one unit through its distinct items; `rows` are its index rows, on the table's base."""
+    """Solve one unit through its distinct items, or its coordinates where those are fewer.
+
+    `rows` are its index rows, on the table's base.
+    """
     distinct, local = np.unique(np.stack([rows.first, rows.second]), return_inverse=True)
     local = local.reshape(2, -1)
+    many = len(distinct) > MANY_ITEMS and len(distinct) > root.shape[0]
+    nowhere = 0 if many else -1  # where rows of padding point
     fixed = row_log_odds(model, users, items, rows.replace(user=np.full_like(rows.user, -1))).astype(np.float32)
     # Pad the two lengths to coarse steps, so that folds share one compilation.
     n, m = _step(len(fixed)), _step(len(distinct), 64)
     pad = lambda x, value=0: np.pad(x, (0, n - len(x)), constant_values=value)  # noqa: E731
     judgements = Judgements(
-        first=pad(local[0], -1), second=pad(local[1], -1), fixed=pad(fixed), care=pad(fixed if care else 0 * fixed),
-        target=pad(rows.target), weight=pad(rows.weight),
+        first=pad(local[0], nowhere), second=pad(local[1], nowhere), fixed=pad(fixed),
+        care=pad(fixed if care else 0 * fixed), target=pad(rows.target), weight=pad(rows.weight),
     )  # fmt: skip
     index = np.pad(distinct, (0, m - len(distinct)))
-    return _solve_large(model, take(items, index), judgements, jnp.asarray(root), users.scale, rounds)
+    solve = _solve_many if many else _solve_large
+    return solve(model, take(items, index), judgements, jnp.asarray(root), users.scale, rounds)
 
 
 def _step(n: int, unit: int = 1024) -> int:
+    unit = max(unit, 1 << max(n.bit_length() - 4, 0))
     return -(-max(n, 1) // unit) * unit
 
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -54,6 +54,7 @@ def save_shared(folder: RunFolder, experiment: Experiment, prepared: Prepared) -
     """
     path = Path(folder.path)
     names = prepared.vocabulary._asdict()
+    names["judged"] = tuple(prepared.items["item_id"]) if experiment.save_users else ()  # rows of items.safetensors
     if not experiment.save_users:
         names["users"] = ()
     maps = prepared.maps
@@ -101,7 +102,10 @@ def _arrays(tree: Any) -> dict[str, np.ndarray]:
 
 @dataclass(frozen=True)
 class Run:
-    """A loaded run; see the module. `rows` and `items` are the seen users' support, None where it was not kept."""
+    """A loaded run; see the module. `rows` and `items` are the seen users' support, None where it was not kept.
+
+    `judged` are the item ids of `items`.
+    """
 
     folder: RunFolder
     experiment: Experiment
@@ -113,6 +117,7 @@ class Run:
     notes: dict[str, Any]
     rows: Rows | None
     items: Item | None
+    judged: tuple[str, ...]
     fingerprint: str
 
     def read(self, path: str | Path, **options: Any) -> pl.DataFrame:
@@ -198,7 +203,7 @@ class Run:
         items, rows = self._arrays(table)
         if "cell" not in table.columns:
             known = np.zeros(table.height, bool) if self.rows is None else np.isin(rows.user, self.rows.user)
-            table = _with_cells(table, known & (np.asarray(rows.user) >= 0), self._trained(items, rows))
+            table = _with_cells(table, known & (np.asarray(rows.user) >= 0), self._trained(table, rows))
         draws = splits.support_draws(table, shots=self.experiment.shots, draws=self.experiment.draws)
         support, both, query = self._beside(items, rows)
         fitted = Fitted(self.model, self.users, support, self.notes)
@@ -271,19 +276,18 @@ class Run:
             np.where(user >= 0, user, stranger), adapter=laplace_user,
         )  # fmt: skip
 
-    def _trained(self, items: Item, rows: Rows) -> np.ndarray:
+    def _trained(self, table: pl.DataFrame, rows: Rows) -> np.ndarray:
         """Which rows are a pair that the same user was trained on."""
-        if self.rows is None or self.items is None:
-            return np.zeros(len(rows.target), bool)
+        if self.rows is None:
+            return np.zeros(table.height, bool)
 
-        def keys(items: Item, rows: Rows) -> list[tuple[int, int, int]]:
-            place = np.asarray(items.index)
-            a, b = place[np.asarray(rows.first)], place[np.asarray(rows.second)]
-            return list(zip(np.asarray(rows.user).tolist(), np.minimum(a, b).tolist(), np.maximum(a, b).tolist(),
-                            strict=True))  # fmt: skip
+        def keys(user: np.ndarray, first: Sequence[str], second: Sequence[str]) -> list[tuple[int, str, str]]:
+            return [(u, min(a, b), max(a, b)) for u, a, b in zip(user.tolist(), first, second, strict=True)]
 
-        known = {key for key in keys(self.items, self.rows) if min(key) >= 0}
-        return np.array([key in known for key in keys(items, rows)], bool)
+        kept = ([self.judged[i] for i in np.asarray(side)] for side in (self.rows.first, self.rows.second))
+        known = set(keys(np.asarray(self.rows.user), *kept))
+        asked = keys(np.asarray(rows.user), table["first_id"].to_list(), table["second_id"].to_list())
+        return np.array([key in known for key in asked], bool)
 
     def _beside(self, items: Item, rows: Rows) -> tuple[Rows, Item, Rows]:
         """Kept training rows, their items before the given ones, and the given rows in terms of both."""
@@ -336,6 +340,7 @@ def load(path: str | Path, *, seed: int | None = None) -> Run:
                             "with `pluralprefs train --resume`")  # fmt: skip
     experiment = resolve(content["experiment"])
     names = {name: tuple(v) for name, v in json.loads((where / "vocabulary.json").read_text("utf8")).items()}
+    judged = names.pop("judged")
     vocabulary = batches.Vocabulary(**names)
     sizes = json.loads((where / "sizes.json").read_text("utf8"))
     model = experiment.model(key=jax.random.key(chosen), **sizes)
@@ -355,7 +360,7 @@ def load(path: str | Path, *, seed: int | None = None) -> Run:
         items = Item(**{name: jnp.asarray(value) for name, value in loaded.items()})
     return Run(
         folder, experiment, params["model"], params["users"], vocabulary, _load_maps(where), _encoder(experiment,
-        where), content["notes"][str(chosen)], rows, items, _fingerprint(params),
+        where), content["notes"][str(chosen)], rows, items, judged, _fingerprint(params),
     )  # fmt: skip
 
 

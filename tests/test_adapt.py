@@ -11,7 +11,7 @@ import pytest
 from families import arrays, pick, rows
 from scipy.optimize import minimize
 
-from pluralprefs.adapt import Judgements, laplace_user, predict, solve_items, solve_rows
+from pluralprefs.adapt import Judgements, laplace_user, predict, solve_items, solve_many, solve_rows
 from pluralprefs.adapting import predict_seen
 from pluralprefs.fitting import fit_strength, take
 from pluralprefs.models.bradley_terry import BradleyTerry
@@ -127,6 +127,27 @@ def test_the_route_through_row_differences_equals_the_route_through_items():
     through_rows = solve_items(model, pick(x, a), place, root, scale, minus=pick(x, b), steps=20)
     np.testing.assert_allclose(through_items.mean, through_rows.mean, atol=2e-4)
     np.testing.assert_allclose(through_items.evidence, through_rows.evidence, rtol=1e-4)
+
+
+@pytest.mark.parametrize("rounds", [0, 2])
+@pytest.mark.parametrize("full", [False, True])
+def test_the_route_through_coordinates_equals_the_route_through_items(rounds, full):
+    draw = np.random.default_rng(5)
+    model = linear(3)
+    x = arrays(Item(embedding=draw.normal(size=(40, 3)).astype(np.float32)))
+    a, b = draw.integers(0, 40, 64), draw.integers(0, 40, 64)
+    weight = np.where(np.arange(64) < 50, draw.random(64), 0.0).astype(np.float32)
+    fixed, target = draw.normal(size=64).astype(np.float32), draw.random(64).astype(np.float32)
+    judged = Judgements(a, b, fixed, fixed, target, weight)
+    square = np.linalg.cholesky(np.diag([0.5, 1.0, 0.7, 0.3]) + 0.1).astype(np.float32)
+    root = jnp.asarray(square if full else np.diag(square))
+    settings = {"steps": 20, "rounds": rounds}
+    by_items = solve_items(model, x, judged, root, jnp.float32(1.5), **settings)
+    by_coordinates = solve_many(model, x, judged, root, jnp.float32(1.5), chunk=16, **settings)
+    np.testing.assert_allclose(by_items.mean, by_coordinates.mean, atol=2e-4)
+    np.testing.assert_allclose(by_items.evidence, by_coordinates.evidence, rtol=1e-4)
+    whitened = [np.eye(4) - np.asarray(s.jacobian.T @ s.precision @ s.jacobian) for s in (by_items, by_coordinates)]
+    np.testing.assert_allclose(*whitened, atol=2e-4)
 
 
 def test_hundreds_of_users_with_more_comparisons_than_unknowns_do_not_deadlock():
