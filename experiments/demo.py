@@ -22,6 +22,7 @@ from rich.console import Console
 
 from pluralprefs import encoders
 from pluralprefs.data import splits
+from pluralprefs.data.comparisons import write
 from pluralprefs.data.lexicon import corpus, corpus_world
 from pluralprefs.data.simulate import World, attribute_table, bayes_predictions, hierarchical, posterior_predictive
 from pluralprefs.experiment import FAMILIES, Experiment
@@ -34,6 +35,7 @@ from pluralprefs.users import Pooled
 
 FAMILY_NAMES = ("individual", "bradley_terry", "low_rank", "ideal_point")
 SHOTS = (0, 4, 16)
+EXAMPLE = "{}/demo-comparisons.jsonl"
 CELLS = ("seen/testpair", "seen/newprompt", "unseen/testpair@0", "unseen/testpair@4", "unseen/testpair@16")
 SIMULATED = partial(attribute_table, "hierarchical", users=60, comparisons_per_user=60, seed=0)
 console = Console(width=140, soft_wrap=True)
@@ -123,13 +125,16 @@ def main(root: Path) -> None:
         runs = world_runs(name, families, encoder, root)
         show(title, runs, bayes(world, table), root / f"demo-{name}.png")
         last = runs[1]
+        write(table.select("prompt", "first", "second", "target", "user_id", "community_id"), EXAMPLE.format(root))
     assert last is not None
+    example = EXAMPLE.format(root)
     console.print(f"""
 Shot curves: {root}/demo-simulated.png and {root}/demo-text.png
 Next:
   pluralprefs runs --root {root}                          what was run
-  pluralprefs fit my.jsonl --model bradley_terry          your own comparisons
-  pluralprefs score {last.folder.path} --input pairs.jsonl""", markup=False, highlight=False)  # fmt: skip
+  pluralprefs data check {example}
+  pluralprefs fit {example} --model bradley_terry    or your own comparisons
+  pluralprefs score {last.folder.path} --input {example} --out scores.csv""", markup=False, highlight=False)  # fmt: skip
 
 
 if __name__ == "__main__":
