@@ -134,7 +134,8 @@ Next:
   pluralprefs runs --root {root}                          what was run
   pluralprefs data check {example}
   pluralprefs fit {example} --model bradley_terry    or your own comparisons
-  pluralprefs score {last.folder.path} --input {example} --out scores.csv""", markup=False, highlight=False)  # fmt: skip
+  pluralprefs score {last.folder.path} --input {example} --out scores.csv
+""", markup=False, highlight=False)  # fmt: skip
 
 
 if __name__ == "__main__":
