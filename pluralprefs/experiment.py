@@ -32,7 +32,7 @@ from pluralprefs.likelihoods import Logistic, pooled_mean
 from pluralprefs.models.bradley_terry import BradleyTerry
 from pluralprefs.models.ideal_point import IdealDirection, IdealPoint
 from pluralprefs.models.low_rank import LowRank
-from pluralprefs.pooling import fit_pooled, tempered_population
+from pluralprefs.pooling import fit_pooled, shared_variance, tempered_population
 from pluralprefs.training import Report, gradient_base, temperature_scale
 from pluralprefs.types import Item, LinearInUser, Reduction
 from pluralprefs.users import Pooled, Users
@@ -230,7 +230,7 @@ def fit_seed(
         pooled,
         temper=(chosen.notes.get("temper", 1.0),),
         population_temper=(chosen.notes.get("population_temper", 1.0),),
-        residual=float(chosen.users.residual) if about_users else pooled.residual,
+        residual=chosen.notes["residual"] if pooled.residual is True else pooled.residual,
     )
     experiment = replace(experiment, epochs=chosen.notes.get("epochs", experiment.epochs))
     scale = chosen.notes.get("inverse_temperature", 1.0)
@@ -246,7 +246,8 @@ def _fit(
     model = new_model(experiment, prepared.features, prepared.vocabulary, prepared.maps, seed)
     users, communities = len(prepared.vocabulary.users), len(prepared.vocabulary.communities)
     linear = isinstance(model, LinearInUser)
-    if linear and not jax.tree.leaves(model):
+    trained = not linear or bool(jax.tree.leaves(model))
+    if not trained:
         base, notes = tempered_population(model, prepared.features, rows, pooled, validation)
     else:
         notes: dict[str, Any] = {"epochs": experiment.epochs}
@@ -261,9 +262,16 @@ def _fit(
         if validation is not None:
             scale = float(temperature_scale(*base(None), prepared.features, validation))
         base, notes = _scaled(base, scale), notes | {"inverse_temperature": scale}
-    return fit_pooled(
+    fitted = fit_pooled(
         base, prepared.features, rows, pooled, users=users, communities=communities, validation=validation, notes=notes
     )
+    final = validation is None or not experiment.refit
+    if trained and final and pooled.levels and experiment.users.residual is not True:
+        variance = shared_variance(base, fitted, prepared.features)
+        residual = fitted.users.residual + jnp.float32(variance)
+        fitted = replace(fitted, users=fitted.users.replace(residual=residual))
+        fitted.notes["shared_variance"] = variance
+    return fitted
 
 
 def _batch_size(asked: int, rows: int) -> int:

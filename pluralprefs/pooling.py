@@ -19,7 +19,7 @@ import numpy as np
 from scipy.optimize import minimize_scalar
 
 from pluralprefs.adapt import neutral_size
-from pluralprefs.adapting import predict_seen
+from pluralprefs.adapting import adapt_and_predict, predict_seen
 from pluralprefs.fitting import (
     Fitted,
     Moments,
@@ -224,6 +224,34 @@ def _users_and_scale(
     if count != users:
         moments = solve_level(model, table, items, rows, unit, users, root, care=pooled.gain)
     return table, root, moments
+
+
+def shared_variance(base: Base, fitted: Fitted, items: Item, *, most: int = 500) -> float:
+    """Variance of a user's log-odds that comes from the shared parameters, which posteriors take as given.
+
+    Both halves of the users train a model each; both adapt everyone (`most` users at most) to one half of their rows
+    and predict the other. Estimates from halves have twice the variance of one from all, and their difference four
+    times: the mean squared difference is divided by 4. 0 where users are too few.
+    """
+    user = np.asarray(fitted.rows.user)
+    known = np.unique(user[user >= 0])
+    if len(known) < 4:
+        return 0.0
+    side = np.array([_hash(f"half|{u}") % 2 for u in user])
+    pairs = zip(user, np.asarray(fitted.rows.first), np.asarray(fitted.rows.second), strict=True)
+    even = np.array([_hash(f"row|{u}|{first}|{second}") % 2 == 0 for u, first, second in pairs])
+    chosen = np.isin(user, known[np.linspace(0, len(known) - 1, min(most, len(known))).astype(int)])
+    given, asked = (np.flatnonzero(chosen & half) for half in (even, ~even))
+    if not len(asked) or len(np.unique(side[user >= 0])) < 2:
+        return 0.0
+    means = []
+    for half in (0, 1):
+        model, population = base(side == half)
+        table = fitted.users.replace(population=population.population)
+        found, _ = adapt_and_predict(model, table, items, take(fitted.rows, given), user[given],
+                                     take(fitted.rows, asked), user[asked])  # fmt: skip
+        means.append(found)
+    return float(np.mean((means[0] - means[1]) ** 2) / 4)
 
 
 def residual_variance(mean: np.ndarray, variance: np.ndarray, rows: Rows) -> float:

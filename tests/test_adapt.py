@@ -13,9 +13,9 @@ from scipy.optimize import minimize
 
 from pluralprefs.adapt import Judgements, laplace_user, predict, solve_items, solve_many, solve_rows
 from pluralprefs.adapting import predict_seen
-from pluralprefs.fitting import fit_strength, take
+from pluralprefs.fitting import Fitted, fit_strength, take
 from pluralprefs.models.bradley_terry import BradleyTerry
-from pluralprefs.pooling import fit_pooled, population_by_newton, residual_variance
+from pluralprefs.pooling import fit_pooled, population_by_newton, residual_variance, shared_variance
 from pluralprefs.types import Item
 from pluralprefs.users import Pooled, Users, apply_root, part_names, ravel
 
@@ -312,3 +312,35 @@ def test_residual_variance_is_what_predictions_without_it_lack():
     without = replace(fitted, users=fitted.users.replace(residual=jnp.zeros(())))
     expected = residual_variance(*predict_seen(without, items, take(judged, asked)), take(judged, asked))
     np.testing.assert_allclose(float(fitted.users.residual), expected, rtol=1e-5)
+
+
+def test_residual_variance_is_recovered():
+    draw = np.random.default_rng(10)
+    mean, variance = 2.0 * draw.normal(size=60_000), np.full(60_000, 0.5)
+    truth = mean + np.sqrt(0.5 + 4.0) * draw.normal(size=60_000)
+    target = (draw.random(60_000) < 1 / (1 + np.exp(-truth))).astype(np.float32)
+    none = Item(embedding=np.zeros((60_000, 1), np.float32))
+    assert 3.4 < residual_variance(mean, variance, rows(none, none, target)) < 4.6
+
+
+def test_shared_variance_is_a_quarter_of_the_squared_difference_of_halves():
+    """Two halves of the users whose populations are known, and users that may not deviate."""
+    draw = np.random.default_rng(11)
+    model, users = linear(2), 12
+    items = arrays(Item(embedding=np.array([[1.0, 0.0], [0.0, 0.5]], np.float32)))
+    unit = np.repeat(np.arange(users), 10).astype(np.int32)
+    first = draw.integers(0, 2, 120)
+    judged = jax.tree.map(np.asarray, rows(first, 1 - first, draw.integers(0, 2, 120))).replace(user=unit)
+    table = Users.init(model, users=users, communities=0, strength=0.0).replace(scale=jnp.float32(2.0))
+    masks = []
+
+    def base(mask):
+        masks.append(mask)
+        weight = jnp.asarray([1.0, 0.0]) if len(masks) == 1 else jnp.asarray([0.0, 1.0])
+        return model, table.replace(population={"linear": weight})
+
+    fitted = Fitted(model, table, judged)
+    expected = (2.0 * (1.0 - -0.5)) ** 2 / 4  # log-odds of the first item over the second: 2 * 1 and 2 * -0.5
+    assert shared_variance(base, fitted, items) == pytest.approx(expected, rel=1e-5)
+    assert (masks[0] == ~masks[1]).all()
+    assert all(len(set(masks[0][unit == u])) == 1 for u in range(users))
