@@ -85,8 +85,8 @@ def test_a_resumed_run_is_equal_to_one_never_stopped(whole, tmp_path, monkeypatc
 
 def whole_epochs(run):
     """Epochs of a run of `experiment` from its notes: per seed a training on training rows that chooses how many, then
-    those on all rows and on two folds."""
-    return sum(4 + 3 * load(run.folder.path, seed=seed).notes["epochs"] for seed in (0, 1))
+    those on all rows, on two folds and on two halves of the users."""
+    return sum(4 + 5 * load(run.folder.path, seed=seed).notes["epochs"] for seed in (0, 1))
 
 
 def test_a_run_that_is_done_is_returned_as_it_is(whole):
