@@ -10,9 +10,8 @@ optional MLP that all users share, b an effect of the item itself: zero for an i
 communities and users deviate from it with strengths learned part by part (`fitting`). No population at all is an
 individual model per user.
 
-References: Bradley and Terry 1952; Chu and Ghahramani 2005 (Gaussian processes); Weinberger et al. 2009 (hashing). Item
-effects come first: where several users judge the same items they are worth more than any user model, and left out,
-"personalisation" fits them instead.
+References: Bradley and Terry 1952; Chu and Ghahramani 2005 (Gaussian processes). Item effects come first: where several
+users judge the same items they are worth more than any user model, and left out, "personalisation" fits them instead.
 """
 
 from __future__ import annotations
@@ -27,8 +26,6 @@ from jaxtyping import Array, Float, Int
 
 from pluralprefs.models.layers import Weights, init_mlp, mlp
 from pluralprefs.types import Item, Key
-
-MOST_ITEMS = 4096  # beyond this many items their effects share signed buckets
 
 
 @struct.dataclass
@@ -56,7 +53,7 @@ class BradleyTerry:
         named = tuple((parts or {"linear": dim}).items())
         if sum(size for _, size in named) != dim:
             raise ValueError(f"parts {dict(named)} do not add up to the embedding's {dim} columns")
-        return cls(weights, named, min(items, MOST_ITEMS) if item_effects else 0)
+        return cls(weights, named, items if item_effects else 0)
 
     def init_user(self) -> dict[str, Array]:
         state = {name: jnp.zeros(size) for name, size in self.parts}
@@ -69,25 +66,20 @@ class BradleyTerry:
             parts[name] = item.embedding[start : start + size]
             start += size
         if self.items:
-            bucket, sign = _bucket(item, self.items)
-            parts["item"] = sign * jax.nn.one_hot(bucket, self.items)
+            parts["item"] = jax.nn.one_hot(_place(item), self.items)  # zeros at -1
         return parts
 
     def reward(self, user: dict[str, Array], item: Item) -> Float[Array, ""]:
         reward = jnp.concatenate([user[name] for name, _ in self.parts]) @ item.embedding
         if self.items:
-            bucket, sign = _bucket(item, self.items)
-            reward = reward + sign * user["item"][bucket]
+            place = _place(item)
+            reward = reward + jnp.where(place >= 0, user["item"][jnp.maximum(place, 0)], 0.0)
         return reward if self.mlp is None else reward + mlp(self.mlp, item.embedding)[0]
 
     def log_odds(self, user: dict[str, Array], first: Item, second: Item) -> Float[Array, ""]:
         return self.reward(user, first) - self.reward(user, second)
 
 
-def _bucket(item: Item, size: int) -> tuple[Int[Array, ""], Float[Array, ""]]:
-    """Bucket of an item and its sign, 0 if never seen; one item a bucket up to `size` items, hashed signs beyond."""
-    if item.index is None:
-        return jnp.zeros((), jnp.int32), jnp.zeros(())
-    index = item.index.astype(jnp.int32)
-    sign = jnp.where((index // size) % 2 == 0, 1.0, -1.0)
-    return jnp.mod(index, size), jnp.where(index >= 0, sign, 0.0)
+def _place(item: Item) -> Int[Array, ""]:
+    """Position of the item's effect, -1 where it has none."""
+    return jnp.full((), -1, jnp.int32) if item.index is None else item.index.astype(jnp.int32)
