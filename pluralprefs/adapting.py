@@ -16,7 +16,6 @@ import numpy as np
 from jaxtyping import Array
 
 from pluralprefs.adapt import (
-    Judgements,
     laplace_user,
     latent_features,
     neutral_size,
@@ -24,6 +23,7 @@ from pluralprefs.adapt import (
     solve_items,
 )
 from pluralprefs.fitting import Fitted, Rows, at, buckets, gathered, latents, padded, row_log_odds, step_up, strangers
+from pluralprefs.newton import Judgements
 from pluralprefs.types import Item, LinearInUser, UserPosterior
 from pluralprefs.users import Deviation, Users, gather, ravel
 

@@ -28,7 +28,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from pluralprefs.adapt import ROUNDS, Judgements, Solution, solve_items, solve_many, solve_rows
+from pluralprefs.adapt import solve_items, solve_many, solve_rows
+from pluralprefs.newton import ROUNDS, Judgements, Solution
 from pluralprefs.types import Comparisons, Item, LinearInUser, RewardModel
 from pluralprefs.users import Deviation, Users, apply_root, log_odds, neutral, part_names, ravel
 

@@ -11,10 +11,11 @@ import pytest
 from families import arrays, pick, rows
 from scipy.optimize import minimize
 
-from pluralprefs.adapt import Judgements, laplace_user, predict, solve_items, solve_many, solve_rows
+from pluralprefs.adapt import laplace_user, predict, solve_items, solve_many, solve_rows
 from pluralprefs.adapting import predict_seen
 from pluralprefs.fitting import Fitted, fit_strength, take
 from pluralprefs.models.bradley_terry import BradleyTerry
+from pluralprefs.newton import Judgements
 from pluralprefs.pooling import fit_pooled, population_by_newton, residual_variance, shared_variance
 from pluralprefs.types import Item
 from pluralprefs.users import Pooled, Users, apply_root, part_names, ravel
@@ -154,7 +155,7 @@ def test_hundreds_of_users_with_more_comparisons_than_unknowns_do_not_deadlock()
     """A batched Cholesky solve in Newton's loop hung at 0 % CPU on jax 0.10; a process of its own can be killed."""
     program = """
 import jax, jax.numpy as jnp, numpy as np
-from pluralprefs.adapt import Judgements
+from pluralprefs.newton import Judgements
 from pluralprefs.fitting import _solve_item_bucket
 from pluralprefs.models.bradley_terry import BradleyTerry
 from pluralprefs.types import Item

@@ -17,6 +17,7 @@ FLOORS = [
     "contrasts results",
     "models encoders data registry baselines",
     "users",
+    "newton",
     "adapt train",
     "fitting",
     "adapting",  # lazily, adapting and pooling may import each other
