@@ -24,7 +24,7 @@ FLOORS = [
     "pooling",
     "training evaluate",
     "experiment",
-    "run plots",
+    "run plots attributes",
     "launch",
     "export serve",
     "cli",
@@ -34,7 +34,10 @@ FLOOR = {name: height for height, names in enumerate(FLOORS) for name in names.s
 LAZY_PAIRS = [{"adapting", "pooling"}]
 FAMILY_MAY_IMPORT = "pluralprefs.models.layers"
 WITHOUT_MODELS = {"registry", "plots"}
-LIGHT = ["data.comparisons", "data.splits", "data.sources", "registry", "metrics", "describe", "encoders", "cli", ""]
+LIGHT = [
+    *("data.comparisons", "data.splits", "data.sources", "registry", "metrics", "describe", "encoders"),
+    *("attributes.catalog", "cli", ""),
+]
 MODULES = {".".join(file.relative_to(ROOT).with_suffix("").parts): file for file in ROOT.glob("pluralprefs/**/*.py")}
 
 
@@ -96,6 +99,8 @@ def test_a_module_imports_from_lower_floors_or_its_own_folder(module):
         ("pluralprefs.models.low_rank", "import pluralprefs.models.bradley_terry", "another family"),
         ("pluralprefs.models.low_rank", "from pluralprefs.models import bradley_terry", "another family"),
         ("pluralprefs.plots", "def f():\n    from pluralprefs.models.low_rank import LowRank", "knows no model"),
+        ("pluralprefs.data.lexicon.values", "from pluralprefs.attributes import catalog", "import from below"),
+        ("pluralprefs.attributes.catalog", "from pluralprefs.cli import main", "import from below"),
         ("pluralprefs.novelty", "", "stands on no floor: add 'novelty'"),
         ("pluralprefs.cli", "from pluralprefs.novelty import x", "which stands on no floor"),
         ("pluralprefs.data.splits", "from pluralprefs.data.files import DataError", None),

@@ -1,5 +1,6 @@
 """The lexicon says the same thing at five levels, and its corpus carries the truth it was drawn from."""
 
+import hashlib
 import itertools
 
 import numpy as np
@@ -7,6 +8,7 @@ import polars as pl
 import pytest
 from polars.testing import assert_frame_equal
 
+from pluralprefs.attributes.catalog import CATALOG as ATTRIBUTES
 from pluralprefs.data.comparisons import validate
 from pluralprefs.data.lexicon import attributes, base_answers, corpus, corpus_world, express
 from pluralprefs.data.lexicon.phrases import CATALOG
@@ -14,14 +16,47 @@ from pluralprefs.data.simulate import bayes_predictions, summarise
 from pluralprefs.data.splits import split, support_draws
 
 NORMS = "assertiveness directness empathy formality humor politeness sarcasm supportiveness verbosity"
+VALUES = "achievement benevolence conformity hedonism power security self-direction stimulation tradition universalism"
+# SHA-256 of the texts and targets of `corpus(seed=0)`, in its order: the numbers of the log rest on them.
+CORPUS = "160e40cd91ea9dc510c507bfcc9b6427392c630fd5cc371263127e3a0b58ff88"
 
 
-def test_all_nine_norms_have_five_levels():
-    assert attributes() == tuple(NORMS.split())
+def test_all_nine_norms_and_ten_values_have_five_levels():
+    assert attributes("norm") == tuple(NORMS.split())
+    assert attributes("value") == tuple(VALUES.split())
+    assert attributes() == tuple(sorted(NORMS.split() + VALUES.split()))
+    assert tuple(sorted(list(CATALOG)[:9])) == attributes("norm"), "norms are said first"
     for name in set(attributes()) - {"verbosity"}:
+        assert len(CATALOG[name].levels) == 5
         for level in range(5):
             assert len(CATALOG[name].phrases(level, "train")) >= 3, (name, level)
             assert len(CATALOG[name].phrases(level, "heldout")) >= 2, (name, level)
+    with pytest.raises(ValueError, match="kind='style': use 'norm', 'value'"):
+        attributes("style")
+
+
+def test_the_lexicon_and_the_catalogue_of_attributes_agree_on_names_kinds_and_poles():
+    assert set(CATALOG) == set(ATTRIBUTES)
+    for name, attribute in ATTRIBUTES.items():
+        assert (CATALOG[name].low, CATALOG[name].high) == (attribute.low, attribute.high), name
+        assert name in attributes(attribute.kind)
+
+
+def test_a_value_is_a_short_sentence_after_the_answer():
+    answer = base_answers()[4].answer
+    for name, level in itertools.product(attributes("value"), range(5)):
+        assert express(answer, name, level).startswith(answer + " ")
+        for phrase in CATALOG[name].phrases(level):
+            assert len(phrase.split()) < 15, phrase
+            assert phrase[0].isupper(), phrase
+            assert phrase[-1] in ".!", phrase
+    assert express(answer, "security", 4) != express(answer, "power", 4)
+
+
+def test_values_are_said_after_the_norms_and_leave_their_phrases_alone():
+    answer = base_answers()[6].answer
+    norms = {"politeness": 1, "humor": 4}
+    assert express(answer, {**norms, "security": 0}, seed=3).startswith(express(answer, norms, seed=3) + " ")
 
 
 def test_no_phrase_is_said_twice_nor_shared_between_training_and_held_out():
@@ -95,7 +130,7 @@ def test_attributes_compose_and_keep_each_others_phrases():
 
 def test_unknown_attributes_and_levels_are_named():
     for arguments, message in [
-        (("charm", 1), "'charm': use one of assertiveness"),
+        (("charm", 1), "'charm': use one of achievement, assertiveness"),
         (("humor", 5), "humor=5"),
         (("humor",), "level"),
     ]:
@@ -120,9 +155,16 @@ def test_the_corpus_is_a_valid_table_of_about_400_unique_texts():
     assert_frame_equal(corpus(users=5, seed=2), corpus(users=5, seed=2))
 
 
+def test_the_corpus_of_a_seed_stays_what_it_was_before_there_were_values():
+    table = corpus(seed=0)
+    assert {name.split(":")[1] for name in table.columns if name.startswith("attr:")} == set(attributes("norm"))
+    rows = table.select("user_id", "prompt", "first", "second", "target").rows()
+    assert hashlib.sha256(repr(rows).encode()).hexdigest() == CORPUS
+
+
 def test_attribute_columns_are_what_the_texts_express():
     world = corpus_world(users=5, phrases="train")
-    names = attributes()
+    names = attributes("norm")
     row = world.table.row(7, named=True)
     answer = dict(base_answers())[row["prompt"]]
     levels = {name: int(2 * row[f"attr:{name}:first"] + 2) for name in names if row[f"attr:{name}:first"] != 0}
@@ -136,7 +178,7 @@ def test_attribute_columns_are_what_the_texts_express():
 
 def test_communities_differ_as_their_weights_say():
     world = corpus_world(users=60)
-    table, names = world.table, list(attributes())
+    table, names = world.table, list(attributes("norm"))
     humour = pl.col("attr:humor:first") - pl.col("attr:humor:second")
     funnier_wins = table.filter(humour != 0).with_columns(wins=(humour > 0) == (pl.col("target") == 1))
     share = dict(funnier_wins.group_by("community_id").agg(pl.mean("wins")).rows())

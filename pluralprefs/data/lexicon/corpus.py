@@ -18,6 +18,7 @@ from pluralprefs.data.simulate.rows import Layout, draw_communities, in_order, r
 from pluralprefs.data.simulate.states import Gaussian, Linear
 from pluralprefs.data.simulate.worlds import World, assemble
 
+NAMES = attributes("norm")  # the Schwartz values stay out, so that a seed goes on giving the corpus it always gave
 # What everybody likes a little, and what marks a community: weights in log-odds from the middle level to a pole.
 POPULATION = {"politeness": 0.6, "supportiveness": 0.6, "directness": 0.3, "verbosity": 0.2, "sarcasm": -0.3}
 COMMUNITIES: dict[str, dict[str, float]] = {
@@ -47,7 +48,7 @@ def corpus_world(
     texts_per_prompt: int = 10,
     phrases: str = "all",
 ) -> World:
-    """Return the corpus with its truth: `items` holds the centred levels of every text, columns as in `attributes()`.
+    """Return the corpus with its truth: `items` holds the centred levels of every text, columns as in `NAMES`.
 
     truth: `population` [attributes], `community` [communities, attributes] and `user` [users, attributes] weights.
     """
@@ -80,12 +81,12 @@ def corpus_world(
 
 
 def _weights(named: dict[str, float]) -> Float[np.ndarray, " attributes"]:
-    return STRENGTH * np.array([named.get(name, 0.0) for name in attributes()])
+    return STRENGTH * np.array([named.get(name, 0.0) for name in NAMES])
 
 
 def _texts(texts_per_prompt: int, phrases: str, seed: int) -> tuple[list[str], Float[np.ndarray, "texts attributes"]]:
     """Express every base answer in several ways; a text that exists already is drawn again."""
-    rng, names = stream(seed, "items"), np.array(attributes())
+    rng, names = stream(seed, "items"), np.array(NAMES)
     texts: dict[str, Float[np.ndarray, " attributes"]] = {}
     for index, base in enumerate(base_answers()):
         while len(texts) < (index + 1) * texts_per_prompt:
@@ -106,6 +107,6 @@ def _written(world: World, texts: list[str]) -> pl.DataFrame:
     for side in ("first", "second"):
         columns.append(pl.col(f"{side}_id").replace_strict(list(world.item_ids), texts).alias(side))
         levels = world.features(table[f"{side}_id"])
-        columns += [pl.lit(pl.Series(f"attr:{name}:{side}", levels[:, i])) for i, name in enumerate(attributes())]
+        columns += [pl.lit(pl.Series(f"attr:{name}:{side}", levels[:, i])) for i, name in enumerate(NAMES)]
     table = table.with_columns(columns).drop("cell")
     return in_order(table.with_columns(fold=pl.lit(None, pl.Utf8))).select(pl.exclude("true_log_odds"), "true_log_odds")

@@ -14,7 +14,8 @@ from hashlib import blake2b
 from typing import NamedTuple
 
 from pluralprefs.data.lexicon.answers import ANSWERS
-from pluralprefs.data.lexicon.phrases import CATALOG
+from pluralprefs.data.lexicon.phrases import CATALOG, NORMS
+from pluralprefs.data.lexicon.values import VALUES
 
 CONTRACTIONS = {"do not": "don't", "it is": "it's", "cannot": "can't", "that is": "that's", "you are": "you're"}
 
@@ -36,9 +37,16 @@ def base_answers() -> list[BaseAnswer]:
     return [BaseAnswer(question, " ".join(lines)) for question, *lines in paragraphs]
 
 
-def attributes() -> tuple[str, ...]:
-    """Return the names of the attributes that can be expressed, sorted."""
-    return tuple(sorted(CATALOG))
+def attributes(kind: str | None = None) -> tuple[str, ...]:
+    """Return the names of the attributes that can be expressed, sorted: of a kind ("norm" or "value"), or all.
+
+    >>> attributes("value")[:3]
+    ('achievement', 'benevolence', 'conformity')
+    """
+    kinds = {None: CATALOG, "norm": NORMS, "value": VALUES}
+    if kind not in kinds:
+        raise ValueError(f"kind={kind!r}: use 'norm', 'value' or None for both")
+    return tuple(sorted(kinds[kind]))
 
 
 def express(

@@ -3,12 +3,14 @@
 Attribute names and poles follow PrefPalette (arXiv 2507.13541); the phrases are ours. A level is one string: phrases
 separated by "|", those kept for held-out rewrites after "||". Adding an attribute is adding one entry. Level 2 is the
 middle; an attribute that is not named says nothing at all. Verbosity works on the answer itself (`express`), so its
-lower levels need no phrase.
+lower levels need no phrase. The nine norms stand here, the ten Schwartz values in `values.py`; `CATALOG` holds both.
 """
 
 from __future__ import annotations
 
 from typing import NamedTuple
+
+from pluralprefs.data.lexicon.values import VALUES
 
 
 class Attribute(NamedTuple):
@@ -33,7 +35,7 @@ class Attribute(NamedTuple):
 
 
 # Openings come in this order, then the answer, then the closings.
-CATALOG: dict[str, Attribute] = {
+NORMS: dict[str, Attribute] = {
     "formality": Attribute(
         "casual",
         "formal",
@@ -200,4 +202,9 @@ CATALOG: dict[str, Attribute] = {
             "and help is always here!",
         ),
     ),
+}
+
+CATALOG: dict[str, Attribute] = {
+    **NORMS,
+    **{name: Attribute("strongly against", "strongly values", "after", levels) for name, levels in VALUES.items()},
 }
