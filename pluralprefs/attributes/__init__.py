@@ -1,4 +1,5 @@
-"""Latent attributes of texts: which there are, and how far a text expresses each of them.
+"""Latent attributes of responses: what they are (`catalog`), and who rewrites and judges texts by them (`teacher`).
 
-`catalog` names the nineteen attributes with their poles and levels, and reads a user's own set.
+A teacher is any server of the chat-completions protocol (`chat`) or, without a network, the lexicon of the package
+(`lexicon_teacher`); `asking` sends it many tasks with a cache, a rate and a limit on cost.
 """

@@ -1,0 +1,311 @@
+"""Ask a teacher many things: some at a time, at a bounded rate and cost, and never the same thing twice.
+
+Every answer is kept in a JSON Lines file under the content address of its task (`teacher.task_key`) as soon as it is
+there. A pass that was killed, or that stopped at its cost limit, is resumed by running it again: what is in the file is
+not asked. A line torn by the kill is cut off. Failures and replies that could not be read are not kept.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from pluralprefs.attributes.teacher import (
+    Answer,
+    Rewrite,
+    ServerError,
+    SetupError,
+    Task,
+    Teacher,
+    TeacherError,
+    Usage,
+    messages,
+    task_key,
+)
+from pluralprefs.registry.files import append_lines, read_lines
+
+CHARACTERS_PER_TOKEN = 4  # a rule of thumb for English; estimates use it, the cost limit does not
+FAILURES_IN_A_ROW = 20  # of the server, not of tasks
+Price = tuple[float, float]  # of a million prompt tokens and of a million completion tokens
+
+
+def ask_all(
+    teacher: Teacher,
+    tasks: Sequence[Task],
+    *,
+    cache: Path | None,
+    concurrency: int = 8,
+    requests_per_second: float | None = None,
+    max_cost: float | None = None,
+    price: Price | None = None,
+    progress: bool = True,
+) -> list[Answer]:
+    """Return the answers in the order of the tasks, asking only for what `cache` lacks; equal tasks are asked once.
+
+    A task that fails alone gets an Answer with `failure` set, and the pass goes on. requests_per_second bounds new
+    tasks; further attempts of one task come on top, slowed by their own waits. max_cost bounds what this pass can
+    spend, at `price`: it stops before the call that could exceed it, where calls under way count the most they can
+    cost. cache=None keeps nothing, for teachers that cost nothing.
+
+    Raises TeacherError where the limit is reached, set-up is wrong, or the server fails 20 times in a row; what was
+    answered by then is in the cache.
+    """
+    budget = _Budget.of(max_cost, price)
+    keys = [task_key(teacher.name, task) for task in tasks]
+    with _alone(cache):
+        answers = read_cache(cache) if cache else {}
+        missing = {key: task for key, task in zip(keys, tasks, strict=True) if key not in answers}
+        with _bar(len(missing), shown=progress) as advance:
+            a_pass = _Pass(teacher, cache, budget, deque(missing.items()), answers, advance, len(missing))
+            a_pass.run(max(1, concurrency), _Pace(requests_per_second))
+    return [answers[key] for key in keys]
+
+
+def read_cache(cache: Path) -> dict[str, Answer]:
+    """Read the answers in a cache by their keys. Raises TeacherError, which names the line, where it holds others."""
+    answers = {}
+    for number, row in enumerate(read_lines(cache) if cache.is_file() else [], start=1):
+        try:
+            said = {name: row.get(name) for name in ("text", "verdict", "score")}
+            answers[row["key"]] = Answer(**said, usage=Usage(*row["usage"]), cached=True)
+        except (LookupError, TypeError, AttributeError):
+            raise TeacherError(f"{cache}, line {number}: not an answer of a teacher; delete that line") from None
+    return answers
+
+
+class Estimate(NamedTuple):
+    """What a pass would ask and cost. `most` is what `max_cost` would have to be for it never to stop."""
+
+    calls: int
+    cached: int
+    repeated: int
+    prompt_tokens: int
+    completion_tokens: int
+    cost: float | None
+    most: float | None
+
+    def __str__(self) -> str:
+        text = (
+            f"{self.calls:,} calls ({self.cached:,} more are cached, {self.repeated:,} repeat another), about "
+            f"{self.prompt_tokens:,} prompt and {self.completion_tokens:,} completion tokens at "
+            f"{CHARACTERS_PER_TOKEN} characters a token"
+        )
+        return text if self.cost is None else f"{text}: about {self.cost:,.2f}, and never over {self.most:,.2f}"
+
+
+def estimate(
+    teacher: Teacher, tasks: Sequence[Task], *, cache: Path | None = None, price: Price | None = None
+) -> Estimate:
+    """Say what `ask_all` would ask and cost, without asking.
+
+    Tokens are characters / 4, and a rewrite is taken to be as long as its text. A teacher that is not paid costs 0.
+    """
+    known = read_cache(cache) if cache else {}
+    keys = [task_key(teacher.name, task) for task in tasks]
+    missing = {key: task for key, task in zip(keys, tasks, strict=True) if key not in known}
+    bounds = [teacher.bound(task) for task in missing.values()]
+    likely = [_likely(task) if bound.calls else Usage() for task, bound in zip(missing.values(), bounds, strict=True)]
+    total, most = (Usage(*map(sum, zip(*usages, strict=True))) if usages else Usage() for usages in (likely, bounds))
+    cached = sum(key in known for key in keys)
+    return Estimate(
+        calls=len(missing),
+        cached=cached,
+        repeated=len(keys) - cached - len(missing),
+        prompt_tokens=total.prompt_tokens,
+        completion_tokens=total.completion_tokens,
+        cost=None if price is None else cost(total, price),
+        most=None if price is None else cost(most, price),
+    )
+
+
+def cost(usage: Usage, price: Price) -> float:
+    """Return what tokens cost at a price per million, in the price's currency.
+
+    >>> cost(Usage(1, 2_000_000, 500_000), (0.5, 4.0))
+    3.0
+    """
+    return (usage.prompt_tokens * price[0] + usage.completion_tokens * price[1]) / 1e6
+
+
+def summary(answers: Sequence[Answer]) -> str:
+    """Say in one line how many answers there are, how many are missing and why, and what they used.
+
+    >>> summary([Answer(text="Rest.", cached=True), Answer(failure="server down")])
+    '2 answers, 1 of them cached; 0 unreadable; 1 failed, the first: server down'
+    """
+    failed = [answer.failure for answer in answers if answer.failure]
+    unreadable = sum(not answer.readable and not answer.failure for answer in answers)
+    cached = sum(answer.cached for answer in answers)
+    text = f"{len(answers):,} answers, {cached:,} of them cached; {unreadable:,} unreadable; {len(failed):,} failed"
+    return f"{text}, the first: {failed[0]}" if failed else text
+
+
+@dataclass
+class _Budget:
+    limit: float
+    price: Price
+    spent: float = 0.0
+
+    @classmethod
+    def of(cls, max_cost: float | None, price: Price | None) -> _Budget:
+        if max_cost is None:
+            return cls(float("inf"), price or (0.0, 0.0))
+        if price is None or min(max_cost, *price) < 0:
+            raise TeacherError(
+                f"max_cost={max_cost}, price={price}: a limit needs the prices of a million prompt and of a million "
+                "completion tokens, none of them negative"
+            )
+        return cls(max_cost, price)
+
+    def allows(self, under_way: Sequence[Usage], following: Usage) -> bool:
+        return self.spent + sum(cost(bound, self.price) for bound in [*under_way, following]) <= self.limit
+
+    def pay(self, usage: Usage) -> None:
+        self.spent += cost(usage, self.price)
+
+
+class _Pace:
+    """At most so many starts a second, evenly spread."""
+
+    def __init__(self, per_second: float | None) -> None:
+        if per_second is not None and not per_second > 0:
+            raise TeacherError(f"requests_per_second={per_second}: use a number above 0, or leave it out")
+        self.gap, self.following = 1 / per_second if per_second else 0.0, 0.0
+
+    def delay(self) -> float:
+        return max(0.0, self.following - time.monotonic())
+
+    def start(self) -> None:
+        self.following = max(time.monotonic(), self.following) + self.gap
+
+
+@dataclass
+class _Pass:
+    """The calls that are missing. Threads only ask; this one starts them, counts, and writes the cache."""
+
+    teacher: Teacher
+    cache: Path | None
+    budget: _Budget
+    queue: deque[tuple[str, Task]]
+    answers: dict[str, Answer]
+    advance: Callable[[], None]
+    total: int
+    pending: dict[Future[Answer], tuple[str, Task, Usage]] = field(default_factory=dict)
+    troubles: int = 0
+    stop: BaseException | None = None
+
+    def run(self, concurrency: int, pace: _Pace) -> None:
+        with ThreadPoolExecutor(concurrency, thread_name_prefix="teacher") as pool:
+            try:
+                while (self.queue or self.pending) and not self.stop:
+                    self._settle(self._start(pool, concurrency, pace))
+            finally:
+                while self.pending:  # under way and to be paid for, whatever ends the pass: keep their answers
+                    self._settle(None)
+        if self.stop:
+            raise self.stop
+
+    def _start(self, pool: ThreadPoolExecutor, concurrency: int, pace: _Pace) -> float | None:
+        """Start what may start; return the seconds after which more may, None where a call has to end first."""
+        while self.queue and len(self.pending) < concurrency:
+            key, task = self.queue[0]
+            bound = self.teacher.bound(task)
+            if not self.budget.allows([under_way for *_, under_way in self.pending.values()], bound):
+                if not self.pending:  # else a call that ends may leave enough
+                    self.stop = self._too_dear(bound)
+                return None
+            if delay := pace.delay():
+                return delay
+            pace.start()
+            self.queue.popleft()
+            self.pending[pool.submit(self.teacher.ask, task)] = (key, task, bound)
+        return None
+
+    def _settle(self, seconds: float | None) -> None:
+        """Wait for an answer, but no longer than `seconds`, and keep all that have come, in one write."""
+        if not self.pending:
+            time.sleep(seconds or 0.0)
+            return
+        done, _ = wait(self.pending, seconds, FIRST_COMPLETED)
+        rows = []
+        for future in done:
+            key, task, _ = self.pending.pop(future)
+            answer = self.answers[key] = self._outcome(future)
+            self.budget.pay(answer.usage)
+            self.advance()
+            if answer.readable:
+                rows.append(_row(key, task, answer))
+        if rows and self.cache:
+            append_lines(self.cache, rows)
+
+    def _outcome(self, future: Future[Answer]) -> Answer:
+        error = future.exception()
+        if error is None:
+            self.troubles = 0
+            return future.result()
+        if not isinstance(error, TeacherError):
+            self.stop = self.stop or error
+            return Answer(failure=repr(error))
+        self.troubles = self.troubles + 1 if isinstance(error, ServerError) else 0
+        if isinstance(error, SetupError):
+            self.stop = self.stop or error
+        if self.troubles == FAILURES_IN_A_ROW:
+            self.stop = self.stop or ServerError(f"{self.troubles} failures of the server in a row, the last: {error}")
+        return Answer(failure=str(error), usage=error.usage)
+
+    def _too_dear(self, bound: Usage) -> TeacherError:
+        asked = self.total - len(self.queue)
+        where = f"answers so far are in {self.cache}" if self.cache else "no cache keeps the answers so far"
+        return TeacherError(
+            f"max_cost={self.budget.limit:g}: stopped after {asked:,} of {self.total:,} tasks, {self.budget.spent:.4f} "
+            f"spent; the next could cost {cost(bound, self.budget.price):.4f}; {where}: raise the limit to go on"
+        )
+
+
+def _row(key: str, task: Task, answer: Answer) -> Mapping[str, Any]:
+    said = {"text": answer.text, "verdict": answer.verdict, "score": answer.score}
+    return {"key": key, "task": type(task).__name__, **said, "usage": list(answer.usage)}
+
+
+def _likely(task: Task) -> Usage:
+    asked = sum(len(message["content"]) for message in messages(task))
+    said = min(len(task.text) // CHARACTERS_PER_TOKEN + 8, task.max_tokens) if isinstance(task, Rewrite) else 8
+    return Usage(1, asked // CHARACTERS_PER_TOKEN, said)
+
+
+@contextmanager
+def _alone(cache: Path | None) -> Iterator[None]:
+    """Hold the cache, so that no second pass pays for the same answers or cuts into a line."""
+    if cache is None:
+        yield
+        return
+    cache.parent.mkdir(parents=True, exist_ok=True)
+    with cache.open("a+b") as file:
+        if sys.platform != "win32":
+            import fcntl
+
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise TeacherError(f"{cache}: another pass is writing it; wait for its end, or name another") from None
+        yield  # the lock goes with the file
+
+
+@contextmanager
+def _bar(total: int, *, shown: bool) -> Iterator[Callable[[], None]]:
+    """Show how many answers there are on standard error, where that is a terminal."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    hidden = not (shown and total and sys.stderr.isatty())
+    with Progress(*columns, console=Console(stderr=True), disable=hidden, transient=True) as bar:
+        asking = bar.add_task("asking the teacher", total=total)
+        yield lambda: bar.advance(asking)
