@@ -60,6 +60,37 @@ def make_train_step(loss_fn: LossFn, optimizer: optax.GradientTransformation) ->
     return step_fn
 
 
+def make_transformed_step(step_fn: StepFn, transform: Callable[[Any, Key, Array], Any]) -> StepFn:
+    """Change each batch before the step: `transform(batch, key, step)`, a pure function such as `attribute_dropout`."""
+
+    def transformed(state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
+        key = jax.random.fold_in(jax.random.fold_in(state.key, state.step), 1)
+        return step_fn(state, transform(batch, key, state.step))
+
+    return transformed
+
+
+def attribute_dropout(
+    batch: Comparisons[Item], key: Key, step: Array, *, steps: int, most: float = 0.3, each: bool = False
+) -> Comparisons[Item]:
+    """Take attributes away with probability min(most, step / (0.75 steps)), `steps` of the optimiser in all.
+
+    All attributes of a comparison go at once, of both its items (PrefPalette, arXiv 2507.13541, so that a model is
+    ready for their absence); with `each` every attribute falls on its own. Items without attributes stay as they are.
+    """
+    if batch.first.attributes is None:
+        return batch
+    share = jnp.minimum(most, step / (0.75 * steps))
+    rows, attributes = batch.first.attributes.shape[:2]
+    kept = jax.random.uniform(key, (rows, attributes if each else 1)) >= share
+
+    def without(item: Item) -> Item:
+        mask = jnp.ones((rows, attributes), bool) if item.attribute_mask is None else item.attribute_mask
+        return item.replace(attribute_mask=mask & jnp.broadcast_to(kept, mask.shape))
+
+    return batch.replace(first=without(batch.first), second=without(batch.second))
+
+
 def make_epoch_step(step_fn: StepFn) -> StepFn:
     """Scan `step_fn` over `(items, rows)`: the item matrix and an epoch of index batches, `[steps, batch_size]`.
 

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pluralprefs.models.attribute_attention import AttributeAttention
 from pluralprefs.models.bradley_terry import BradleyTerry
 from pluralprefs.models.ideal_point import IdealDirection, IdealPoint
 from pluralprefs.models.low_rank import LowRank
@@ -19,6 +20,8 @@ FAMILIES = {
     "lore": lambda: LowRank.init(key=KEY, dim=DIM, rank=3, weights="simplex"),
     "pal_a": lambda: IdealPoint.init(key=KEY, dim=DIM, prototypes=3, point=5),
     "pal_a_squared": lambda: IdealPoint.init(key=KEY, dim=DIM, prototypes=3, point=5, squared=True),
+    "attribute_attention": lambda: AttributeAttention.init(key=KEY, dim=DIM, attributes=3, attribute_dim=DIM, width=5),
+    "prefpalette": lambda: AttributeAttention.init(key=KEY, dim=DIM, attributes=3, attribute_dim=DIM, paper=True),
     "pal_b": lambda: IdealDirection.init(key=KEY, dim=DIM, prompt_dim=3, prototypes=2, point=5),
 }
 
@@ -28,7 +31,12 @@ def items(seed: int, count: int = ITEMS, prompt: bool = True) -> Item:
     draw = np.random.default_rng(seed)
     hidden = np.broadcast_to(draw.normal(size=3), (count, 3)).astype(np.float32)
     embedding = draw.normal(size=(count, DIM)).astype(np.float32)
-    return arrays(Item(embedding=embedding, prompt=hidden if prompt else None, index=np.arange(count, dtype=np.int32)))
+    attributes = draw.normal(size=(count, 3, DIM)).astype(np.float32)
+    item = Item(
+        embedding=embedding, prompt=hidden if prompt else None, attributes=attributes,
+        attribute_mask=np.ones((count, 3), bool), index=np.arange(count, dtype=np.int32),
+    )  # fmt: skip
+    return arrays(item)
 
 
 def user(model, seed: int):

@@ -1,0 +1,119 @@
+"""Attribute attention: PrefPalette (arXiv 2507.13541). Latent attributes of a response, weighed by its context.
+
+    q   = W_q h + b_q                          `query`          k_i = W_k e_i + b_k + a_i      `key`, `identity` (a_i)
+    s_i = v' tanh(q + k_i) + b_v + c_ui        `score`          alpha = softmax(s) over the attributes at hand
+    h'  = h + gamma sum_i alpha_i V_i e_i      `gain`, `value`  r = w . h' + sum_i p_ui z_i    `head`
+
+h is the encoded response in its context (`Item.embedding`), e_i the embedding of attribute i by its own predictor
+(`Item.attributes`, [attributes, attribute_dim], whose first column z_i is the predictor's calibrated score), and
+`Item.attribute_mask` says which attributes are at hand: with none, r = w . h exactly. The user state holds c_u
+("attention") and p_u ("preference"), one number an attribute, pooled over population, communities and users like any
+other state: one model serves all communities, and a community may dislike an attribute, which attention alone cannot
+say. Zero states give the paper's model back, and `paper=True` leaves out what we add (a_i, V_i, c_u, p_u).
+
+Where we depart: the paper has one model per community and V_i = I, which needs attribute embeddings as wide as h;
+a_i, so that two attributes with equal embeddings may count differently; c_u and p_u. `context=False` is the paper's
+ablation, s_i = v' tanh(k_i) + b_v. The head and the sums are float32 whatever the encoder's precision.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Self
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jaxtyping import Array, Bool, Float
+
+from pluralprefs.types import Item, Key
+
+
+@struct.dataclass
+class AttributeAttention:
+    """See the module. Sizes: dim of h, attributes A, attribute_dim of e_i, width of the attention."""
+
+    query: dict[str, Array]
+    key: dict[str, Array]
+    identity: Float[Array, "attributes width"]
+    score: dict[str, Array]
+    value: Float[Array, "attributes attribute_dim dim"]
+    gain: Float[Array, ""]
+    head: Float[Array, " dim"]
+    paper: bool = struct.field(pytree_node=False, default=False)
+    context: bool = struct.field(pytree_node=False, default=True)
+
+    @classmethod
+    def init(
+        cls, *, key: Key, dim: int, attributes: int, attribute_dim: int = 1, width: int | None = None,
+        paper: bool = False, context: bool = True, **_: Any,
+    ) -> Self:  # fmt: skip
+        """Draw parameters. `width` of the attention is dim / 4 by default; the gain starts at 0.5.
+
+        `paper` gives the published model and raises ValueError unless attribute_dim = dim.
+        """
+        if not attributes:
+            raise ValueError("attribute_attention needs attributes: give the data `attr:` columns, or predictors")
+        if paper and attribute_dim != dim:
+            raise ValueError(f"paper=True adds raw embeddings of size {attribute_dim} to {dim}: the two must be equal")
+        width = max(dim // 4, 1) if width is None else width
+        keys = jax.random.split(key, 5)
+        eye = jnp.broadcast_to(jnp.eye(attribute_dim, dim), (attributes, attribute_dim, dim))
+        value = eye if attribute_dim == dim else _draw(keys[4], attributes, attribute_dim, dim)
+        return cls(
+            query={"kernel": _draw(keys[0], dim, width), "bias": jnp.zeros(width)},
+            key={"kernel": _draw(keys[1], attribute_dim, width), "bias": jnp.zeros(width)},
+            identity=jnp.zeros((attributes, width)),
+            score={"kernel": _draw(keys[2], width, 1)[:, 0], "bias": jnp.zeros(())},
+            value=value,
+            gain=jnp.asarray(0.5),
+            head=_draw(keys[3], dim, 1)[:, 0],
+            paper=paper,
+            context=context,
+        )  # fmt: skip
+
+    def init_user(self) -> dict[str, Array]:
+        attributes = self.identity.shape[0]
+        return {"attention": jnp.zeros(attributes), "preference": jnp.zeros(attributes)}
+
+    def attribute_weights(self, user: dict[str, Array], item: Item) -> Float[Array, " attributes"]:
+        """The attention alpha of a response's attributes, which sums to 1; 0 where an attribute is not at hand."""
+        embeddings, mask = self._attributes(item)
+        keys = embeddings @ self.key["kernel"] + self.key["bias"][None, :]
+        keys = keys if self.paper else keys + self.identity
+        if self.context:
+            query = _wide(item.embedding) @ self.query["kernel"] + self.query["bias"]
+            keys = keys + query[None, :]
+        scores = jnp.tanh(keys) @ self.score["kernel"] + self.score["bias"]
+        scores = scores if self.paper else scores + user["attention"]
+        top = jax.lax.stop_gradient(jnp.max(jnp.where(mask, scores, -jnp.inf), initial=-1e30))
+        weights = jnp.where(mask, jnp.exp(jnp.where(mask, scores - top, 0.0)), 0.0)
+        return weights / jnp.maximum(jnp.sum(weights), 1e-30)
+
+    def reward(self, user: dict[str, Array], item: Item) -> Float[Array, ""]:
+        embeddings, mask = self._attributes(item)
+        weights = self.attribute_weights(user, item)
+        values = embeddings if self.paper else jnp.einsum("ad,adh->ah", embeddings, self.value)
+        reward = self.head @ (_wide(item.embedding) + self.gain * (weights @ values))
+        if self.paper:
+            return reward
+        return reward + jnp.sum(jnp.where(mask, user["preference"] * embeddings[:, 0], 0.0))
+
+    def log_odds(self, user: dict[str, Array], first: Item, second: Item) -> Float[Array, ""]:
+        return self.reward(user, first) - self.reward(user, second)
+
+    def _attributes(self, item: Item) -> tuple[Float[Array, "attributes attribute_dim"], Bool[Array, " attributes"]]:
+        """Embeddings, zero where not at hand, and the mask; predictors get no gradient."""
+        attributes, attribute_dim, _ = self.value.shape
+        if item.attributes is None:
+            return jnp.zeros((attributes, attribute_dim)), jnp.zeros(attributes, bool)
+        mask = jnp.ones(attributes, bool) if item.attribute_mask is None else item.attribute_mask
+        embeddings = _wide(jax.lax.stop_gradient(item.attributes))
+        return jnp.where(mask[:, None], embeddings, 0.0), mask
+
+
+def _wide(x: Float[Array, "*any"]) -> Float[Array, "*any"]:
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
+def _draw(key: Key, *shape: int) -> Array:
+    return jax.random.normal(key, shape) / jnp.sqrt(shape[-2])

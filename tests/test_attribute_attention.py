@@ -1,0 +1,149 @@
+"""PrefPalette's attribute attention: the paper's equations, its dropout, and what we add to them."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from families import DIM, FAMILIES, items, pick, rows, user
+
+from pluralprefs.models.attribute_attention import AttributeAttention
+from pluralprefs.train import attribute_dropout
+
+ours, paper = FAMILIES["attribute_attention"], FAMILIES["prefpalette"]
+
+
+def perturbed(model, seed=0):
+    """The model with every parameter moved, zeros included."""
+    draw = np.random.default_rng(seed)
+    return jax.tree.map(lambda x: x + jnp.asarray(0.3 * draw.normal(size=x.shape), x.dtype), model)
+
+
+def numpy_reward(model, item, state=None, paper=True):
+    """The equations of the module, in NumPy."""
+    a, h = np.asarray(item.attributes, float), np.asarray(item.embedding, float)
+    wide = lambda x: np.asarray(x, float)  # noqa: E731
+    q = h @ wide(model.query["kernel"]) + wide(model.query["bias"])
+    k = a @ wide(model.key["kernel"]) + wide(model.key["bias"]) + (0 if paper else wide(model.identity))
+    s = np.tanh(q + k) @ wide(model.score["kernel"]) + wide(model.score["bias"])
+    s = s if paper else s + np.asarray(state["attention"], float)
+    alpha = np.exp(s) / np.exp(s).sum()
+    values = a if paper else np.stack([e @ v for e, v in zip(a, wide(model.value), strict=True)])
+    reward = wide(model.head) @ (h + float(model.gain) * alpha @ values)
+    return alpha, reward if paper else reward + np.asarray(state["preference"], float) @ a[:, 0]
+
+
+@pytest.mark.parametrize("family", [paper, ours], ids=["paper", "ours"])
+def test_rewards_and_attention_follow_the_equations(family):
+    model, x = perturbed(family()), items(0)
+    state = user(model, 1)
+    for i in range(4):
+        alpha, reward = numpy_reward(model, pick(x, i), state, paper=model.paper)
+        np.testing.assert_allclose(model.attribute_weights(state, pick(x, i)), alpha, rtol=1e-4, atol=1e-6)
+        np.testing.assert_allclose(model.reward(state, pick(x, i)), reward, rtol=1e-4, atol=1e-5)
+
+
+def test_zero_states_identities_and_identity_values_give_the_papers_model_back():
+    published, x = perturbed(paper()), items(2)
+    eye = jnp.broadcast_to(jnp.eye(DIM), (3, DIM, DIM))
+    model = published.replace(paper=False, identity=jnp.zeros_like(published.identity), value=eye)
+    for i in range(4):
+        item = pick(x, i)
+        np.testing.assert_allclose(
+            model.reward(model.init_user(), item), published.reward(published.init_user(), item), rtol=1e-5, atol=1e-6
+        )
+
+
+@pytest.mark.parametrize("family", [paper, ours], ids=["paper", "ours"])
+def test_attention_sums_to_one_over_the_attributes_at_hand(family):
+    model, x = perturbed(family()), items(3)
+    state = user(model, 4)
+    assert float(model.attribute_weights(state, pick(x, 0)).sum()) == pytest.approx(1.0, abs=1e-6)
+    some = pick(x, 0).replace(attribute_mask=jnp.array([True, False, True]))
+    weights = model.attribute_weights(state, some)
+    assert float(weights[1]) == 0.0
+    assert float(weights.sum()) == pytest.approx(1.0, abs=1e-6)
+
+
+@pytest.mark.parametrize("family", [paper, ours], ids=["paper", "ours"])
+def test_without_attributes_the_reward_is_the_head_alone_exactly(family):
+    model, x = perturbed(family()), items(5)
+    state, item = user(model, 6), pick(x, 0)
+    alone = model.head @ item.embedding
+    assert float(model.reward(state, item.replace(attribute_mask=jnp.zeros(3, bool)))) == float(alone)
+    assert float(model.reward(state, item.replace(attributes=None, attribute_mask=None))) == float(alone)
+    assert float(model.replace(gain=jnp.zeros(())).reward(model.init_user(), item)) == float(alone)
+
+
+def test_a_masked_attribute_changes_nothing_whatever_its_value():
+    model, x = perturbed(ours()), items(7)
+    item = pick(x, 0).replace(attribute_mask=jnp.array([True, False, True]))
+    moved = item.replace(attributes=item.attributes.at[1].set(jnp.nan))
+    state = user(model, 8)
+    assert float(model.reward(state, item)) == float(model.reward(state, moved))
+    gradient = jax.grad(lambda s: model.reward(s, moved))(state)
+    assert all(bool(jnp.isfinite(g).all()) for g in gradient.values())
+
+
+def test_permuting_attributes_permutes_attention_and_leaves_the_reward():
+    model, x, order = perturbed(ours()), items(9), jnp.array([2, 0, 1])
+    state, item = user(model, 10), pick(x, 0)
+    moved = model.replace(identity=model.identity[order], value=model.value[order])
+    other = item.replace(attributes=item.attributes[order], attribute_mask=item.attribute_mask[order])
+    states = {name: v[order] for name, v in state.items()}
+    np.testing.assert_allclose(
+        moved.attribute_weights(states, other), model.attribute_weights(state, item)[order], rtol=1e-5
+    )
+    np.testing.assert_allclose(moved.reward(states, other), model.reward(state, item), rtol=1e-5)
+
+
+def test_predictors_get_no_gradient():
+    model, x = perturbed(ours()), items(11)
+    state, item = user(model, 12), pick(x, 0)
+    gradient = jax.grad(lambda a: model.reward(state, item.replace(attributes=a)))(item.attributes)
+    assert float(jnp.abs(gradient).max()) == 0.0
+
+
+def test_a_user_moves_the_reward_by_preference_times_score():
+    model, x = perturbed(ours()), items(13)
+    state = model.init_user()
+    likes = state | {"preference": jnp.array([0.0, 2.0, 0.0])}
+    for i in range(3):
+        difference = model.reward(likes, pick(x, i)) - model.reward(state, pick(x, i))
+        assert float(difference) == pytest.approx(2.0 * float(x.attributes[i, 1, 0]), rel=1e-4)
+
+
+def test_the_papers_ablation_without_context_ignores_the_response():
+    model, x = perturbed(ours().replace(context=False)), items(14)
+    state = user(model, 15)
+    item = pick(x, 0)
+    other = item.replace(embedding=item.embedding + 1.0)
+    np.testing.assert_array_equal(model.attribute_weights(state, item), model.attribute_weights(state, other))
+
+
+def test_what_cannot_be_is_refused():
+    with pytest.raises(ValueError, match="needs attributes"):
+        AttributeAttention.init(key=jax.random.key(0), dim=4, attributes=0)
+    with pytest.raises(ValueError, match="must be equal"):
+        AttributeAttention.init(key=jax.random.key(0), dim=4, attributes=2, attribute_dim=3, paper=True)
+
+
+def dropped(step, each, most=0.4, steps=1000, count=4000):
+    x = items(16, count=count)
+    batch = rows(x, x, np.ones(count))
+    found = attribute_dropout(batch, jax.random.key(step), jnp.asarray(step), steps=steps, most=most, each=each)
+    np.testing.assert_array_equal(found.first.attribute_mask, found.second.attribute_mask)
+    return ~np.asarray(found.first.attribute_mask)
+
+
+@pytest.mark.parametrize("each", [False, True])
+def test_dropout_rises_to_its_most_at_three_quarters_of_it_in_optimiser_steps(each):
+    assert not dropped(0, each).any()
+    assert dropped(150, each).mean() == pytest.approx(0.2, abs=0.03)
+    assert dropped(299, each).mean() == pytest.approx(299 / 750, abs=0.03)
+    for step in (300, 1000):  # 0.75 * 0.4 * 1000
+        assert dropped(step, each).mean() == pytest.approx(0.4, abs=0.03)
+
+
+def test_dropout_takes_all_attributes_of_a_comparison_or_each_on_its_own():
+    assert (np.ptp(dropped(1000, False).astype(int), axis=1) == 0).all()
+    assert (np.ptp(dropped(1000, True).astype(int), axis=1) == 1).mean() > 0.5
