@@ -27,7 +27,9 @@ app = typer.Typer(
 data_app = typer.Typer(no_args_is_help=True, help="Look at comparison files.")
 app.add_typer(data_app, name="data")
 
-MODELS = "bradley_terry, bradley_terry_mlp, individual, low_rank, lore, ideal_point or ideal_direction."
+MODELS = (
+    "bradley_terry, bradley_terry_mlp, individual, low_rank, lore, ideal_point, ideal_direction or attribute_attention."
+)
 Root = Annotated[Path, typer.Option("--root", help="Folder of run folders.")]
 Seed = Annotated[int | None, typer.Option("--seed", help="Which of the run's fits; the first by default.")]
 Set = Annotated[list[str] | None, typer.Option("--set", help="Override a part: --set model.prototypes=8")]

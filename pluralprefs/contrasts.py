@@ -75,10 +75,14 @@ def _matched(a: pl.DataFrame, b: pl.DataFrame) -> pl.DataFrame:
     return pairs
 
 
+GAINS = {"wrong_user": "wrong_user_gain", "no_attributes": "attribute_gain"}
+
+
 def controls(predictions: pl.DataFrame, seed: int = 0, pool_seeds: bool = False, draws: int = 1000) -> pl.DataFrame:
     """Compute metric rows of the two controls, for each model, seed, cell and number of shots that has them.
 
     `wrong_user_gain`: accuracy with the user's own state minus accuracy with another user's (control "wrong_user").
+    `attribute_gain`: accuracy with attributes minus accuracy without them (control "no_attributes").
     `flip_rate`: share of rows whose predicted side reverses when the labels of the context are reversed (control
     "label_flip"); a side lost to exactly 0 counts one half. Both have 95 % intervals over users.
     """
@@ -87,7 +91,7 @@ def controls(predictions: pl.DataFrame, seed: int = 0, pool_seeds: bool = False,
     key = ["example_id", "model", "seed", "cell", "shots", "draw"]
     right = scored.filter(pl.col("control").is_null())
     rows: list[dict[str, Any]] = []
-    for control in ("wrong_user", "label_flip"):
+    for control in ("wrong_user", "no_attributes", "label_flip"):
         other = scored.filter(pl.col("control") == control).select(*key, "log_odds", "accuracy")
         pairs = right.join(other, on=key, nulls_equal=True, suffix="_control").sort(key)
         for values, part in pairs.group_by(group, maintain_order=True):
@@ -98,8 +102,8 @@ def controls(predictions: pl.DataFrame, seed: int = 0, pool_seeds: bool = False,
 
 def _control_row(control: str, part: pl.DataFrame, draws: int, seed: int) -> Iterator[dict[str, Any]]:
     weight = part["weight"].to_numpy()
-    if control == "wrong_user":
-        metric, values = "wrong_user_gain", (part["accuracy"] - part["accuracy_control"]).to_numpy()
+    if control in GAINS:
+        metric, values = GAINS[control], (part["accuracy"] - part["accuracy_control"]).to_numpy()
         weight = weight * part["decided"].to_numpy()
     else:
         metric, values = "flip_rate", reversed_side(part["log_odds"].to_numpy(), part["log_odds_control"].to_numpy())

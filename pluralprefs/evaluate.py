@@ -2,13 +2,15 @@
 
 A prediction is one row of one comparison: log-odds moderated by the posterior's variance, and its standard deviation.
 Every metric is computed from these rows (`metrics.summarise`), so that they are what a run keeps. Controls:
-"wrong_user" scores a user's comparisons with another user's posterior; "label_flip" reverses the labels of the support.
+"wrong_user" scores a user's comparisons with another user's posterior; "label_flip" reverses the labels of the
+support; "no_attributes" takes the attributes of all items away, where there are any (seen users).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+import jax.numpy as jnp
 import numpy as np
 import polars as pl
 
@@ -46,6 +48,9 @@ def evaluate(
         index = np.flatnonzero(cell == name)
         if len(index):
             parts.append(_seen(fitted, items, table, rows, index, model, seed, None))
+            if controls and items.attributes is not None:
+                without = items.replace(attribute_mask=jnp.zeros(items.attributes.shape[:-1], bool))
+                parts.append(_seen(fitted, without, table, rows, index, model, seed, "no_attributes"))
             if controls and len(np.unique(rows.user[index])) > 1:
                 parts.append(_seen(fitted, items, table, rows, index, model, seed, "wrong_user"))
     position = {name: i for i, name in enumerate(table["example_id"])}

@@ -24,15 +24,18 @@ import polars as pl
 from pluralprefs.adapt import laplace_user
 from pluralprefs.baselines import artefact_log_odds, length_only, majority_of_others, prediction_rows
 from pluralprefs.data import batches, splits
+from pluralprefs.encoders import load as load_encoder
 from pluralprefs.encoders.cache import encode_items
 from pluralprefs.encoders.features import Features
 from pluralprefs.evaluate import SEEN, UNSEEN, Adapter
 from pluralprefs.fitting import Fitted, Rows, take
 from pluralprefs.likelihoods import Logistic, pooled_mean
+from pluralprefs.models.attribute_attention import AttributeAttention
 from pluralprefs.models.bradley_terry import BradleyTerry
 from pluralprefs.models.ideal_point import IdealDirection, IdealPoint
 from pluralprefs.models.low_rank import LowRank
 from pluralprefs.pooling import fit_pooled, shared_variance, tempered_population
+from pluralprefs.train import attribute_dropout
 from pluralprefs.training import Report, gradient_base, temperature_scale
 from pluralprefs.types import Item, LinearInUser, Reduction
 from pluralprefs.users import Pooled, Users
@@ -48,9 +51,11 @@ Tell = Callable[[str], None]
 class Experiment:
     """What to run. `data` returns the table; an `encoder` of None means that `attr:` columns are the features.
 
+    attributes   source of `Item.attributes`: `names`, `attributes(items)`, and `fit` where training items teach it
     features   keywords of `Features.fit`: columns appended to the embedding (log length, a kernel)
     shots, draws   the shot curve of unseen users; `support` returns published draws instead of drawing
     controls   predict for the wrong user and with reversed labels too
+    transform  changes each training batch: `transform(batch, key, step, steps=...)`, such as `train.attribute_dropout`
     epochs     at most; validation rows choose how many
     batch_size   rows of a step, more where an epoch would have over `STEPS` of them
     refit      fit again on training and validation rows once they have chosen exponents and epochs
@@ -60,12 +65,14 @@ class Experiment:
     data: Callable[[], pl.DataFrame]
     model: Callable[..., Any]
     encoder: Callable[[], Any] | None = None
+    attributes: Callable[[], Any] | None = None
     features: Mapping[str, Any] = field(default_factory=dict)
     users: Pooled = field(default_factory=Pooled)
     community: str = "community_id"
     likelihood: Any = field(default_factory=Logistic)
     reduction: Reduction = pooled_mean
     optimizer: Callable[[], Any] = partial(optax.adamw, learning_rate=5e-3, weight_decay=1e-2)  # noqa: RUF009
+    transform: Callable[..., Any] | None = None
     epochs: int = 60
     batch_size: int = 512
     adapter: Adapter = laplace_user
@@ -95,16 +102,24 @@ FAMILIES: dict[str, dict[str, Any]] = {
     },
     "ideal_point": {"model": partial(IdealPoint.init, prototypes=4), "users": Pooled(gain=False, strength=1.0)},
     "ideal_direction": {"model": partial(IdealDirection.init, prototypes=4), "users": Pooled(gain=False, strength=1.0)},
+    "attribute_attention": {
+        "model": AttributeAttention.init, "attributes": partial(load_encoder, "attributes"),
+        "users": Pooled(levels=("community", "user"), gain=False), "transform": partial(attribute_dropout, most=0.3),
+    },
 }  # fmt: skip
 
 
 def every_family(*, seeds: tuple[int, ...] = (0, 1, 2), **shared: Any) -> dict[str, Experiment]:
     """One experiment a family, by name; `shared` are parts that all have, whatever `FAMILIES` says.
 
+    A family that needs attributes is left out where `shared` names no source of them.
+
     Families that are fitted by Newton alone have no random part, hence the first seed only.
     """
     found = {}
     for name, parts in FAMILIES.items():
+        if "attributes" in parts and "attributes" not in shared:
+            continue
         own = seeds[:1] if name in ("bradley_terry", "individual") else seeds
         found[name] = Experiment(name=name, seeds=own, **{**parts, **shared})
     return found
@@ -121,6 +136,7 @@ class Prepared:
     vocabulary: batches.Vocabulary
     maps: Features | None
     encoder: Any
+    attributes: Any
     notes: tuple[str, ...]
 
 
@@ -135,10 +151,11 @@ def prepare(experiment: Experiment, table: pl.DataFrame | None = None, *, progre
     vocabulary = batches.vocabulary(table, experiment.community)
     items = batches.item_table(table)
     encoder, features, maps = encode(experiment, table, items, progress=progress)
+    source, features = _with_attributes(experiment, table, items, features)
     rows = batches.index_rows(table, items, vocabulary, experiment.community)
     vocabulary = vocabulary._replace(items=_effect_items(table))
     features = features.replace(index=item_positions(items, vocabulary))
-    return Prepared(table, items, features, rows, vocabulary, maps, encoder, tuple(notes))
+    return Prepared(table, items, features, rows, vocabulary, maps, encoder, source, tuple(notes))
 
 
 def encode(
@@ -146,7 +163,7 @@ def encode(
 ) -> tuple[Any, Item, Features | None]:
     """Encode the items and append the feature columns, both fitted on the items of training rows."""
     known = items["item_id"].is_in(_training_items(table)).to_numpy()
-    encoder = (experiment.encoder or _attributes)()
+    encoder: Any = (experiment.encoder or partial(load_encoder, "attributes"))()
     if hasattr(encoder, "fit"):
         encoder = type(encoder).fit(items, items.filter(known)["item_key"])
     item = encode_items(items, encoder, progress=progress)
@@ -160,10 +177,23 @@ def encode(
     return encoder, item, maps
 
 
-def _attributes() -> Any:
-    from pluralprefs.encoders import load
+def _with_attributes(
+    experiment: Experiment, table: pl.DataFrame, items: pl.DataFrame, features: Item
+) -> tuple[Any, Item]:
+    """Add the attributes of the items, from a source that is fitted to the items of training rows."""
+    if experiment.attributes is None:
+        return None, features
+    source: Any = experiment.attributes()
+    if hasattr(source, "fit"):
+        known = items.filter(pl.col("item_id").is_in(_training_items(table)))
+        source = type(source).fit(items, known["item_key"])
+    return source, attach(source, items, features)
 
-    return load("attributes")
+
+def attach(source: Any, items: pl.DataFrame, features: Item) -> Item:
+    """Put the attributes of a source beside the features of the same items, in the same order."""
+    values, mask = source.attributes(items)
+    return features.replace(attributes=jnp.asarray(values), attribute_mask=jnp.asarray(mask))
 
 
 def text_lengths(items: pl.DataFrame) -> np.ndarray:
@@ -256,6 +286,7 @@ def _fit(
             reduction=experiment.reduction, optimizer=experiment.optimizer(), epochs=experiment.epochs,
             batch_size=_batch_size(experiment.batch_size, len(rows.target)), seed=seed, validation=validation,
             notes=notes, checkpoints=checkpoints and checkpoints / stage, report=report,
+            transform=experiment.transform,
         )  # fmt: skip
         base(None)  # the folds are trained for as many epochs as suit all rows
     if not isinstance(experiment.likelihood, Logistic):
@@ -291,13 +322,22 @@ def new_model(
     experiment: Experiment, features: Item, vocabulary: batches.Vocabulary, maps: Features | None, seed: int
 ) -> Any:
     """Draw the family's initial parameters at the sizes of the data."""
+    return experiment.model(key=jax.random.key(seed), **data_sizes(features, vocabulary, maps))
+
+
+def data_sizes(features: Item, vocabulary: batches.Vocabulary, maps: Features | None) -> dict[str, Any]:
+    """What a family is told about the data, beside its own parameters."""
     dim = int(features.embedding.shape[-1])
     extra = 0 if maps is None else dim - sum(maps.parts(0).values())
-    return experiment.model(
-        key=jax.random.key(seed), dim=dim, items=len(vocabulary.items),
-        parts=None if maps is None else maps.parts(extra),
-        prompt_dim=0 if features.prompt is None else int(features.prompt.shape[-1]),
-    )  # fmt: skip
+    found = {
+        "dim": dim,
+        "items": len(vocabulary.items),
+        "parts": None if maps is None else maps.parts(extra),
+        "prompt_dim": 0 if features.prompt is None else int(features.prompt.shape[-1]),
+    }
+    if features.attributes is not None:
+        _, found["attributes"], found["attribute_dim"] = map(int, features.attributes.shape)
+    return found
 
 
 def support(experiment: Experiment, table: pl.DataFrame) -> pl.DataFrame:

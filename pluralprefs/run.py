@@ -35,7 +35,15 @@ from pluralprefs.encoders.attributes import AttributeEncoder
 from pluralprefs.encoders.cache import encode_items
 from pluralprefs.encoders.features import Features
 from pluralprefs.evaluate import evaluate
-from pluralprefs.experiment import Experiment, Prepared, baseline_predictions, item_positions, text_lengths
+from pluralprefs.experiment import (
+    Experiment,
+    Prepared,
+    attach,
+    baseline_predictions,
+    data_sizes,
+    item_positions,
+    text_lengths,
+)
 from pluralprefs.fitting import Fitted, Rows, step_up
 from pluralprefs.metrics import summarise
 from pluralprefs.registry.files import RegistryError, load_arrays, save_arrays, write_json
@@ -58,17 +66,15 @@ def save_shared(folder: RunFolder, experiment: Experiment, prepared: Prepared) -
     if not experiment.save_users:
         names["users"] = ()
     maps = prepared.maps
-    dim = int(prepared.features.embedding.shape[-1])
-    parts = None if maps is None else maps.parts(dim - sum(maps.parts(0).values()))
-    prompt = prepared.features.prompt
-    sizes = {"dim": dim, "items": len(names["items"]), "parts": parts,
-             "prompt_dim": 0 if prompt is None else int(prompt.shape[-1])}  # fmt: skip
+    sizes = data_sizes(prepared.features, prepared.vocabulary, maps)
     write_json(path / "vocabulary.json", {name: list(values) for name, values in names.items()})
     write_json(path / "sizes.json", sizes)
     if maps is not None:
         save_arrays(path / "features.safetensors", _arrays(maps))
     if isinstance(prepared.encoder, AttributeEncoder):
         prepared.encoder.save(path / "encoder.json")
+    if isinstance(prepared.attributes, AttributeEncoder):
+        prepared.attributes.save(path / "attributes.json")
     if experiment.save_users:
         save_arrays(path / "items.safetensors", _arrays(prepared.features))
 
@@ -114,6 +120,7 @@ class Run:
     vocabulary: batches.Vocabulary
     maps: Features | None
     encoder: Any
+    attributes: Any
     notes: dict[str, Any]
     rows: Rows | None
     items: Item | None
@@ -250,6 +257,7 @@ class Run:
         if self.maps is not None:
             embedding = self.maps(embedding, text_lengths(items))
         item = item.replace(embedding=embedding, index=item_positions(items, self.vocabulary))
+        item = item if self.attributes is None else attach(self.attributes, items, item)
         rows = batches.index_rows(table, items, self.vocabulary, self.experiment.community)
         place = np.pad(np.arange(items.height), (0, step_up(items.height) - items.height))  # few shapes to compile
         return jax.tree.map(lambda x: jnp.asarray(np.asarray(x)[place]), item), rows
@@ -359,8 +367,9 @@ def load(path: str | Path, *, seed: int | None = None) -> Run:
         loaded, _ = load_arrays(where / "items.safetensors")
         items = Item(**{name: jnp.asarray(value) for name, value in loaded.items()})
     return Run(
-        folder, experiment, params["model"], params["users"], vocabulary, _load_maps(where), _encoder(experiment,
-        where), content["notes"][str(chosen)], rows, items, judged, _fingerprint(params),
+        folder, experiment, params["model"], params["users"], vocabulary, _load_maps(where),
+        _encoder(experiment, where), _attributes(experiment, where), content["notes"][str(chosen)], rows, items,
+        judged, _fingerprint(params),
     )  # fmt: skip
 
 
@@ -375,6 +384,13 @@ def _load_maps(where: Path) -> Features | None:
 def _encoder(experiment: Experiment, where: Path) -> Any:
     saved = where / "encoder.json"
     return AttributeEncoder.restore(saved) if saved.exists() else (experiment.encoder or AttributeEncoder)()
+
+
+def _attributes(experiment: Experiment, where: Path) -> Any:
+    saved = where / "attributes.json"
+    if saved.exists():
+        return AttributeEncoder.restore(saved)
+    return None if experiment.attributes is None else experiment.attributes()
 
 
 def _fingerprint(params: Any) -> str:

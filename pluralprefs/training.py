@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,10 +26,18 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float
 
-from pluralprefs.data.batches import epoch
+from pluralprefs.data.batches import epoch, steps_per_epoch
 from pluralprefs.fitting import Rows, initial_root, row_log_odds, solve_level, strangers, updated_root
 from pluralprefs.pooling import Base
-from pluralprefs.train import CheckpointStore, comparison_loss, grouped, init_state, make_epoch_step, make_train_step
+from pluralprefs.train import (
+    CheckpointStore,
+    comparison_loss,
+    grouped,
+    init_state,
+    make_epoch_step,
+    make_train_step,
+    make_transformed_step,
+)
 from pluralprefs.types import Item, Params, Reduction, TrainState
 from pluralprefs.users import Pooled, Users, gather, neutral, part_names, penalty
 
@@ -55,6 +64,7 @@ def gradient_base(
     notes: dict[str, Any] | None = None,
     report: Report | None = None,
     checkpoints: Path | None = None,
+    transform: Callable[..., Any] | None = None,
 ) -> Base:
     """Return base(mask): train from `model`'s initial values on the rows of the mask (None: all of them).
 
@@ -62,8 +72,8 @@ def gradient_base(
     its prior is learned by empirical Bayes after 5, 10, 20, 40, ... epochs. With `validation` rows the parameters are
     those after the epoch that predicts them best, whose number goes to `notes["epochs"]`. Rows outside of the mask have
     weight 0, so that every fold shares one compilation. `report(epochs done, epochs, loss)` is called after each epoch;
-    `checkpoints` is a folder that belongs to this very fit, from which it continues (None: keep none). Raises
-    FloatingPointError where the loss is not finite.
+    `transform(batch, key, step, steps=all of them)` changes each batch; `checkpoints` is a folder that belongs to this
+    very fit, from which it continues (None: keep none). Raises FloatingPointError where the loss is not finite.
     """
     start = Users.init(model, users=users, communities=0)
     if users:
@@ -77,8 +87,12 @@ def gradient_base(
         user_penalty=penalty if users else None,
         rows=float(rows.weight.sum()),
     )
-    transform = grouped({"all": optimizer, "frozen": optax.set_to_zero()}, FROZEN, default="all")
-    step = jax.jit(make_epoch_step(make_train_step(loss, transform)))
+    update = grouped({"all": optimizer, "frozen": optax.set_to_zero()}, FROZEN, default="all")
+    one_step = make_train_step(loss, update)
+    if transform is not None:
+        steps = epochs * steps_per_epoch(len(rows.target), batch_size)
+        one_step = make_transformed_step(one_step, partial(transform, steps=steps))
+    step = jax.jit(make_epoch_step(one_step))
     asked = validation if validation is not None and len(validation.target) else None
     training = _Training(step, items, asked, likelihood, epochs, batch_size, seed, users, report)
     trained: dict[bytes, tuple[Any, Users]] = {}
@@ -87,7 +101,7 @@ def gradient_base(
         key = b"" if mask is None else mask.tobytes()
         if key not in trained:
             weight = rows.weight if mask is None else np.where(mask, rows.weight, 0.0).astype(np.float32)
-            state = init_state(Params(model, start, likelihood), transform, jax.random.key(seed))
+            state = init_state(Params(model, start, likelihood), update, jax.random.key(seed))
             folder = checkpoints and checkpoints / hashlib.blake2b(key, digest_size=8).hexdigest()
             best = training(state, flat.replace(weight=weight), folder)
             if mask is None and notes is not None and best.epochs:

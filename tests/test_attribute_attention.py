@@ -3,10 +3,14 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import polars as pl
 import pytest
 from families import DIM, FAMILIES, items, pick, rows, user
 
+import pluralprefs as pp
+from pluralprefs.data import comparisons
 from pluralprefs.models.attribute_attention import AttributeAttention
+from pluralprefs.run import load
 from pluralprefs.train import attribute_dropout
 
 ours, paper = FAMILIES["attribute_attention"], FAMILIES["prefpalette"]
@@ -147,3 +151,37 @@ def test_dropout_rises_to_its_most_at_three_quarters_of_it_in_optimiser_steps(ea
 def test_dropout_takes_all_attributes_of_a_comparison_or_each_on_its_own():
     assert (np.ptp(dropped(1000, False).astype(int), axis=1) == 0).all()
     assert (np.ptp(dropped(1000, True).astype(int), axis=1) == 1).mean() > 0.5
+
+
+def test_a_run_learns_what_each_community_likes_and_says_what_attributes_are_worth(tmp_path):
+    """Two communities with opposite tastes for one of two attribute columns, from a table to a loaded run."""
+    draw = np.random.default_rng(0)
+    n = 600
+    user_number = draw.integers(0, 12, n)
+    taste = np.where(user_number % 2 == 0, 3.0, -3.0)
+    first, second = draw.normal(size=(2, n, 2))
+    target = (draw.random(n) < 1 / (1 + np.exp(-taste * (first - second)[:, 0]))).astype(float)
+    table = pl.DataFrame(
+        {
+            "prompt": "p", "first": [f"a{i}" for i in range(n)], "second": [f"b{i}" for i in range(n)],
+            "target": target, "user_id": [f"u{u}" for u in user_number],
+            "community_id": np.where(user_number % 2 == 0, "plus", "minus"),
+            "attr:x:first": first[:, 0], "attr:x:second": second[:, 0],
+            "attr:y:first": first[:, 1], "attr:y:second": second[:, 1],
+        }
+    )  # fmt: skip
+    settings = ["epochs=10", "shots=[0,4]", "draws=1", "users.rounds=2", "users.folds=2"]
+    found = pp.fit(table, model="attribute_attention", encoder="attributes", root=tmp_path, overrides=settings)
+    preference = np.asarray(found.users.population["preference"]) + np.asarray(
+        found.users.community.state["preference"]
+    )
+    liked = dict(zip(found.vocabulary.communities, preference[:, found.attributes.names.index("x")], strict=True))
+    assert liked["plus"] > 0.5
+    assert liked["minus"] < -0.5
+    metrics = found.folder.table("metrics")
+    gain = metrics.filter(pl.col("metric") == "attribute_gain")
+    assert gain["value"].max() > 0.1
+    again = load(found.folder.path)
+    asked = comparisons.from_trl(table.head(5))
+    scores = [run.score(asked)["log_odds"] for run in (found, again)]
+    np.testing.assert_allclose(scores[0], scores[1], rtol=1e-5)

@@ -20,7 +20,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 import polars as pl
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 
 from pluralprefs.encoders.weights import EncoderError, read_json
 from pluralprefs.types import Item
@@ -97,6 +97,13 @@ class AttributeEncoder:
         features = (values - np.array([self.mean])) / np.array([self.std])
         embedding = np.nan_to_num(features, nan=0.0).astype(np.float32)
         return Item(embedding=embedding)  # pyright: ignore[reportArgumentType]
+
+    def attributes(
+        self, items: pl.DataFrame
+    ) -> tuple[Float[np.ndarray, "items attributes 1"], Bool[np.ndarray, "items attributes"]]:
+        """The same features as attribute embeddings of size 1, and which of them are not missing: `Item.attributes`."""
+        values = np.asarray(self(items).embedding)[:, :, None]
+        return values, ~np.isnan(_values(items, [PREFIX + name for name in self.names]))
 
     def save(self, path: str | Path) -> None:
         """Write names, means and standard deviations as JSON, atomically."""
