@@ -23,6 +23,7 @@ FLOORS = [
     "adapting",  # lazily, adapting and pooling may import each other
     "pooling",
     "training evaluate",
+    "profiles",
     "experiment",
     "run plots attributes",
     "launch",
