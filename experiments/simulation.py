@@ -15,8 +15,8 @@ shots -0.6 and -1.0); lore -0.2 to -1.4, -2.1 [-3.6, -0.6] at 4 shots on known p
 ideal_direction +0.7 to -1.6, no interval wholly below -1. coverage of 90 % intervals at 0, K and 10 K comparisons,
 three worlds each: 86 to 94 % for all six families, which `make test-slow` asserts. Before the variance of shared
 parameters was added (`pooling.shared_variance`) ideal_point fell to 82 % and ideal_direction to 81 % at 10 K, since the
-prototypes were taken as known; a residual variance learned on validation came out as 0 and did not mend it. prototypes: accuracy
-rises up to K = K* = 3 and then stays (same target). cyclic: all three families at 41 to 53 %.
+prototypes were taken as known; a residual variance learned on validation came out as 0 and did not mend it.
+prototypes: accuracy rises up to K = K* = 3 and then stays (same target). cyclic: all three families at 41 to 53 %.
 """
 
 from __future__ import annotations

@@ -196,6 +196,33 @@ def score(
         say(f"{scores.height} scores written to {out}")
 
 
+@app.command(epilog="Example: pluralprefs profile runs/2026-... --community engineers")
+@plainly
+def profile(
+    run: Annotated[Path, typer.Argument(help="Run folder of a family with attributes.")],
+    community: Annotated[str | None, typer.Option(help="One community; all by default.")] = None,
+    kind: Annotated[str, typer.Option(help="preference, attention or ablation.")] = "preference",
+    out: Annotated[Path | None, typer.Option(help="Where all rows go (.jsonl, .csv, .parquet); else printed.")] = None,
+    json: Annotated[bool, typer.Option("--json", help="All rows as JSON lines.")] = False,
+    debug: Annotated[bool, typer.Option(help="Show tracebacks.")] = False,
+) -> None:
+    """What each community likes, looks at, and would miss, by attribute, with 95 % intervals over all seeds."""
+    from pluralprefs.data.files import write_frame
+    from pluralprefs.profiles import over_seeds, profile_table
+    from pluralprefs.registry import open_run
+
+    rows = over_seeds(open_run(run).table("attribute_weights"))
+    if community is not None:
+        rows = rows.filter(community=community)
+    if not rows.height:
+        raise ValueError(f"--community {community}: the run has no profile of it")
+    if out is not None:
+        write_frame(rows, out)
+        say(f"{rows.height} rows written to {out}")
+    else:
+        say(rows.write_ndjson().rstrip() if json else profile_table(rows, kind))
+
+
 @app.command(epilog='Example: pluralprefs runs --where "model=low_rank and accuracy>0.7"')
 @plainly
 def runs(

@@ -12,13 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import polars as pl
 
 from pluralprefs.contrasts import controls
 from pluralprefs.data import comparisons
 from pluralprefs.describe import describe, override, resolve
 from pluralprefs.encoders import load as load_encoder
-from pluralprefs.evaluate import evaluate
+from pluralprefs.evaluate import SEEN, evaluate
 from pluralprefs.experiment import (
     FAMILIES,
     Experiment,
@@ -31,8 +32,11 @@ from pluralprefs.experiment import (
     summary_line,
     support,
 )
+from pluralprefs.fitting import Fitted, take
 from pluralprefs.metrics import summarise
+from pluralprefs.profiles import SCHEMA, attribute_weights
 from pluralprefs.registry import RunFolder, create, open_run
+from pluralprefs.registry.folder import table_file
 from pluralprefs.run import Run, load, save_seed, save_shared
 from pluralprefs.training import Report
 
@@ -90,6 +94,7 @@ def _fill(folder: RunFolder, experiment: Experiment, prepared: Prepared, progres
         save_shared(folder, experiment, prepared)
         draws = support(experiment, prepared.table)
         predictions = _predictions_so_far(folder, experiment, prepared)
+        profiles = _profiles_so_far(folder)
         for seed in experiment.seeds:
             if str(seed) in folder.read().get("notes", {}):
                 tell(f"seed {seed}: fitted before")
@@ -102,6 +107,9 @@ def _fill(folder: RunFolder, experiment: Experiment, prepared: Prepared, progres
                              controls=experiment.controls)  # fmt: skip
             predictions = pl.concat([predictions, found])
             folder.write_predictions(predictions)
+            if prepared.attributes is not None:
+                profiles = pl.concat([profiles, _profile(fitted, prepared, seed)])
+                folder.write_table("attribute_weights", profiles)
             save_seed(folder, experiment, seed, fitted)
             shutil.rmtree(_checkpoints(folder, seed), ignore_errors=True)
         shutil.rmtree(folder.path / "checkpoints", ignore_errors=True)
@@ -120,6 +128,21 @@ def _predictions_so_far(folder: RunFolder, experiment: Experiment, prepared: Pre
         return baselines
     own = (pl.col("model") == experiment.name) & pl.col("seed").is_in(done)
     return pl.concat([baselines, folder.table("predictions").filter(own)])
+
+
+def _profiles_so_far(folder: RunFolder) -> pl.DataFrame:
+    """The attribute weights of the seeds that were fitted before."""
+    done = [int(seed) for seed in folder.read().get("notes", {})]
+    if not done or not (folder.path / table_file("attribute_weights")).exists():
+        return pl.DataFrame(schema=SCHEMA)
+    return folder.table("attribute_weights").filter(pl.col("seed").is_in(done))
+
+
+def _profile(fitted: Fitted, prepared: Prepared, seed: int) -> pl.DataFrame:
+    """Profile the communities on the test rows of seen users."""
+    test = take(prepared.rows, np.flatnonzero(prepared.table["cell"].is_in(SEEN).to_numpy()))
+    names = prepared.vocabulary.communities
+    return attribute_weights(fitted, prepared.features, test, names, prepared.attributes.names, seed=seed)
 
 
 def _checkpoints(folder: RunFolder, seed: int) -> Path:

@@ -68,6 +68,32 @@ def over_seeds(weights: pl.DataFrame) -> pl.DataFrame:
     return wide.select(list(SCHEMA))
 
 
+def profile_table(weights: pl.DataFrame, kind: str = "preference") -> str:
+    """Lay one kind out in text: attributes down, communities across, mean [low, high]; * where that excludes zero.
+
+    Raises ValueError for a kind that the rows do not have.
+    """
+    chosen = weights.filter(kind=kind)
+    if not chosen.height:
+        raise ValueError(f"kind {kind!r}: the profile has {', '.join(sorted(weights['kind'].unique()))}")
+    names = list(dict.fromkeys(chosen["community"]))
+    lines = [[kind, *(name or "population" for name in names)]]
+    for attribute in dict.fromkeys(chosen["attribute"]):
+        own = {row["community"]: row for row in chosen.filter(attribute=attribute).iter_rows(named=True)}
+        lines.append([attribute, *(_cell(own.get(name)) for name in names)])
+    width = [max(len(line[i]) for line in lines) for i in range(len(names) + 1)]
+    text = ["  ".join(field.ljust(n) for field, n in zip(line, width, strict=True)).rstrip() for line in lines]
+    return "\n".join(text)
+
+
+def _cell(row: dict[str, Any] | None) -> str:
+    if row is None:
+        return ""
+    star = "*" if row["ci_low"] is not None and row["ci_low"] * row["ci_high"] > 0 else " "
+    low, high = (float("nan") if row[end] is None else row[end] for end in ("ci_low", "ci_high"))
+    return f"{row['mean']:+.2f}{star}[{low:+.2f}, {high:+.2f}]"
+
+
 def community_posterior(
     fitted: Fitted, items: Item, count: int
 ) -> tuple[Float[np.ndarray, "communities size"], Float[np.ndarray, "communities size"]]:
@@ -142,8 +168,8 @@ def _nats(fitted: Fitted, items: Item, asked: Item, test: Rows) -> Float[np.ndar
     both = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), items, asked)
     query = test.replace(first=test.first + count, second=test.second + count)
     mean, variance = predict_seen(fitted, both, query)
-    logits = mean / np.sqrt(1 + np.pi * variance / 8)
-    return test.target * np.logaddexp(0, -logits) + (1 - test.target) * np.logaddexp(0, logits)
+    logits, target = mean / np.sqrt(1 + np.pi * variance / 8), np.asarray(test.target)
+    return target * np.logaddexp(0, -logits) + (1 - target) * np.logaddexp(0, logits)
 
 
 def _row(community: str, kind: str, mean: float, low: float | None, high: float | None, n: int) -> dict[str, Any]:

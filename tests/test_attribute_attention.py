@@ -10,6 +10,7 @@ from families import DIM, FAMILIES, items, pick, rows, user
 import pluralprefs as pp
 from pluralprefs.data import comparisons
 from pluralprefs.models.attribute_attention import AttributeAttention
+from pluralprefs.profiles import over_seeds, profile_table
 from pluralprefs.run import load
 from pluralprefs.train import attribute_dropout
 
@@ -178,6 +179,13 @@ def test_a_run_learns_what_each_community_likes_and_says_what_attributes_are_wor
     liked = dict(zip(found.vocabulary.communities, preference[:, found.attributes.names.index("x")], strict=True))
     assert liked["plus"] > 0.5
     assert liked["minus"] < -0.5
+    weights = found.folder.table("attribute_weights")
+    plus = weights.filter(community="plus", attribute="x", kind="preference").row(0, named=True)
+    assert 0.5 < plus["ci_low"] < plus["mean"]
+    shown = profile_table(over_seeds(weights)).splitlines()
+    assert [line.split()[0] for line in shown] == ["preference", *found.attributes.names]
+    assert "+" in shown[1]
+    assert "*" in shown[1]
     metrics = found.folder.table("metrics")
     gain = metrics.filter(pl.col("metric") == "attribute_gain")
     assert gain["value"].max() > 0.1
