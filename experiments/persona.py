@@ -6,8 +6,11 @@ Command: PLURALPREFS_DATA=... pluralprefs train experiments/persona.py [--only m
 Result (2026-11-21, low_rank, seeds 0 to 2, under 6 minutes a world on 2 CPU cores under other load): mixtures:
 seen/testpair 78.3 [76.3, 80.2]; 0.455, unseen 62.5; 0.646 at 2 shots, 73.0; 0.534 at 8, 74.2; 0.515 at 16, 76.6 [74.0,
 79.4]; 0.472 at 32. unmixed: 100.0 [100.0, 100.0]; 0.245 from 2 shots on, 0.083 at 32. Mixtures,
-lore, seeds 0 to 2: seen/testpair 78.7 [76.8, 80.7]; 0.461, unseen 76.2 [73.3, 79.4]; 0.488 at 32 shots. The other
-families were not run here. Intervals are over users.
+lore, seeds 0 to 2: seen/testpair 78.7 [76.8, 80.7]; 0.461, unseen 76.2 [73.3, 79.4]; 0.488 at 32 shots. Mixtures,
+ideal_point (4 prototypes), seeds 0 to 2: seen/testpair 76.4 [74.3, 78.3]; 0.492, unseen 74.9 [72.1, 77.7]; 0.517 at 32
+(PAL-A with 4: 76.7; 0.475, 73.4; 0.526). Unmixed, lore, seeds 0 to 2: 99.6 [99.2, 99.9]; 0.259 at 2 shots, 100.0; 0.130
+at 8. The last two, and mixtures of low_rank once more (the same figures, seen/testpair 0.454), with --set
+controls=false and the variance of shared parameters. The other families were not run here. Intervals are over users.
 """
 
 import os
