@@ -1,4 +1,4 @@
-"""The command line: `pluralprefs train | fit | evaluate | adapt | score | runs | data check`.
+"""The command line: `pluralprefs train | fit | evaluate | adapt | score | runs | data check | attributes ...`.
 
 Heavy imports wait until a command needs them. What a user got wrong is one line on standard error and exit code 2.
 """
@@ -6,13 +6,13 @@ Heavy imports wait until a command needs them. What a user got wrong is one line
 from __future__ import annotations
 
 import runpy
-import sys
-from collections.abc import Callable
-from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+from pluralprefs.attributes_cli import attributes_app
+from pluralprefs.terminal import plainly, say, warn
 
 if TYPE_CHECKING:
     import polars as pl
@@ -26,6 +26,7 @@ app = typer.Typer(
 )  # fmt: skip
 data_app = typer.Typer(no_args_is_help=True, help="Look at comparison files.")
 app.add_typer(data_app, name="data")
+app.add_typer(attributes_app, name="attributes")
 
 MODELS = (
     "bradley_terry, bradley_terry_mlp, individual, low_rank, lore, ideal_point, ideal_direction or attribute_attention."
@@ -34,33 +35,6 @@ Root = Annotated[Path, typer.Option("--root", help="Folder of run folders.")]
 Seed = Annotated[int | None, typer.Option("--seed", help="Which of the run's fits; the first by default.")]
 Set = Annotated[list[str] | None, typer.Option("--set", help="Override a part: --set model.prototypes=8")]
 Seeds = Annotated[str | None, typer.Option("--seeds", help="Seeds, for example 0,1,2")]
-
-
-def say(text: str) -> None:
-    """Write a line to standard output."""
-    typer.echo(text)
-
-
-def warn(text: str) -> None:
-    """Write a line to standard error."""
-    typer.echo(f"pluralprefs: {text}", err=True)
-
-
-def plainly(command: Callable[..., None]) -> Callable[..., None]:
-    """Turn a user's mistakes into one line and exit code 2; --debug on the command line keeps the traceback."""
-
-    @wraps(command)
-    def wrapped(*args: Any, **kwargs: Any) -> None:
-        try:
-            command(*args, **kwargs)
-        except (ValueError, TypeError, OSError, FloatingPointError) as error:
-            if "--debug" in sys.argv:
-                raise
-            message = " ".join(str(error).split()) or type(error).__name__
-            typer.echo(f"pluralprefs: {message}", err=True)
-            raise typer.Exit(2) from None
-
-    return wrapped
 
 
 @app.command(epilog="Example: pluralprefs train experiments/ukpconvarg1.py --only ideal_point --seeds 0,1,2")

@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 # Lowest first; a word is a module or a folder of pluralprefs, and neighbours on a floor do not import each other.
 FLOORS = [
-    "types",
+    "types terminal",
     "intervals likelihoods sharding describe",
     "metrics",
     "contrasts results",
@@ -27,7 +27,7 @@ FLOORS = [
     "experiment",
     "run plots attributes",
     "launch",
-    "export serve",
+    "export serve attributes_cli",
     "cli",
     "__init__",
 ]

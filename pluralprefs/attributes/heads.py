@@ -1,0 +1,139 @@
+"""Fit one Bradley-Terry head per attribute on a shared frozen encoder, all attributes in one compiled program.
+
+Minimised for each attribute a over its ordered pairs i, with features x of the encoder, centred and scaled:
+
+    mean_i softplus(r_a(low_i) - r_a(high_i)) + l2_a / 2 |theta_a|^2,    r_a(x) = w_a . phi_a(x)
+
+phi is the identity (Newton's method: the problem is convex) or one hidden layer tanh(V_a x + b_a) (Adam, full batch).
+PrefPalette (arXiv 2507.13541) trains one model per attribute instead. Attributes run in groups of `TOGETHER`, which
+bounds the memory; each attribute's start is drawn from its name, so that its fit depends on no other attribute.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import struct
+from jax.scipy.linalg import cho_factor, cho_solve
+from jaxtyping import Array, Float
+
+from pluralprefs.data.ids import stable_hash
+
+NEWTON_STEPS = 15
+ADAM_STEPS, LEARNING_RATE = 300, 1e-2
+TOGETHER = 4  # attributes at once
+
+
+@struct.dataclass
+class Rows:
+    """Ordered pairs of every attribute as rows of a table of texts; rows of weight 0 are padding."""
+
+    low: Any  # Int[Array, "attributes pairs"]
+    high: Any  # Int[Array, "attributes pairs"]
+    weight: Any  # Float[Array, "attributes pairs"]
+
+    @classmethod
+    def of(cls, pairs: Sequence[Sequence[tuple[int, int]]]) -> Rows:
+        """Pad the (low, high) pairs of each attribute to one length.
+
+        >>> Rows.of([[(0, 1), (0, 2)], [(1, 2)]]).weight.tolist()
+        [[1.0, 1.0], [1.0, 0.0]]
+        """
+        longest = max((len(rows) for rows in pairs), default=0) or 1
+        filled = np.zeros((len(pairs), longest, 2), np.int32)
+        weight = np.zeros((len(pairs), longest), np.float32)
+        for attribute, rows in enumerate(pairs):
+            if rows:
+                filled[attribute, : len(rows)] = rows
+                weight[attribute, : len(rows)] = 1.0
+        return cls(filled[..., 0], filled[..., 1], weight)
+
+
+@struct.dataclass
+class Heads:
+    """Weights of all attributes; `hidden` and `bias` are None where the reward is linear in the features."""
+
+    weight: Any  # Float[Array, "attributes width"]
+    hidden: Any = None  # Float[Array, "attributes dim width"]
+    bias: Any = None  # Float[Array, "attributes width"]
+
+
+def fit_heads(
+    features: Float[np.ndarray, "texts dim"],
+    rows: Rows,
+    l2: Float[np.ndarray, " attributes"],
+    names: Sequence[str],
+    *,
+    hidden: tuple[int, ...] = (),
+    seed: int = 0,
+) -> Heads:
+    """Fit the heads of all attributes. hidden: () for linear heads, (width,) for one hidden layer.
+
+    Raises ValueError for more than one hidden layer.
+    """
+    if len(hidden) > 1:
+        raise ValueError(f"hidden={hidden}: use () for linear heads or (width,) for one hidden layer")
+    keys = jnp.stack([jax.random.fold_in(jax.random.key(seed), stable_hash(name) % 2**31) for name in names])
+    found = _fit(jnp.asarray(features), rows, jnp.asarray(l2, jnp.float32), keys, width=hidden[0] if hidden else 0)
+    return jax.tree.map(np.asarray, found)
+
+
+@partial(jax.jit, static_argnames="width")
+def _fit(features: Float[Array, "texts dim"], rows: Rows, l2: Any, keys: Any, width: int) -> Heads:
+    def one(arguments: tuple[Rows, Any, Any]) -> Heads:
+        mine, strength, key = arguments
+        return _hidden(features, mine, strength, key, width) if width else _linear(features, mine, strength)
+
+    return jax.lax.map(one, (rows, l2, keys), batch_size=min(TOGETHER, len(keys)))
+
+
+def _linear(features: Float[Array, "texts dim"], rows: Rows, l2: Any) -> Heads:
+    """Newton's method; a step is the best of 1, 1/2 and 1/4 of it."""
+    difference = features[rows.high] - features[rows.low]
+    share = rows.weight / jnp.maximum(rows.weight.sum(), 1.0)
+
+    def objective(w: Array) -> Array:
+        return share @ jax.nn.softplus(-difference @ w) + 0.5 * l2 * w @ w
+
+    def step(_: Any, w: Array) -> Array:
+        wrong = jax.nn.sigmoid(-difference @ w)
+        gradient = l2 * w - (share * wrong) @ difference
+        curvature = (difference.T * (share * wrong * (1 - wrong))[None]) @ difference
+        factor = cho_factor(curvature + l2 * jnp.eye(len(w)))
+        trials = w[None] - jnp.array([[1.0], [0.5], [0.25]]) * cho_solve(factor, gradient)[None]
+        return trials[jnp.argmin(jax.vmap(objective)(trials))]
+
+    return Heads(jax.lax.fori_loop(0, NEWTON_STEPS, step, jnp.zeros(features.shape[1])))
+
+
+def _hidden(features: Float[Array, "texts dim"], rows: Rows, l2: Any, key: Any, width: int) -> Heads:
+    """Adam on all pairs at once, the learning rate falling to zero on a cosine."""
+    first, second = jax.random.split(key)
+    dim = features.shape[1]
+    start = Heads(
+        weight=jax.random.normal(first, (width,)) / np.sqrt(width),
+        hidden=jax.random.normal(second, (dim, width)) / np.sqrt(dim),
+        bias=jnp.zeros(width),
+    )
+    low, high = features[rows.low], features[rows.high]
+    share = rows.weight / jnp.maximum(rows.weight.sum(), 1.0)
+
+    def objective(heads: Heads) -> Array:
+        reward = [jnp.tanh(x @ heads.hidden + heads.bias[None]) @ heads.weight for x in (low, high)]
+        size = sum(jnp.sum(leaf**2) for leaf in jax.tree.leaves(heads))
+        return share @ jax.nn.softplus(reward[0] - reward[1]) + 0.5 * l2 * size
+
+    adam = optax.adam(optax.cosine_decay_schedule(LEARNING_RATE, ADAM_STEPS))
+
+    def step(_: Any, carry: tuple[Heads, Any]) -> tuple[Heads, Any]:
+        heads, state = carry
+        updates, state = adam.update(jax.grad(objective)(heads), state)
+        return jax.tree.map(jnp.add, heads, updates), state
+
+    return jax.lax.fori_loop(0, ADAM_STEPS, step, (start, adam.init(start)))[0]  # pyright: ignore[reportArgumentType]

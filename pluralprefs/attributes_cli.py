@@ -1,0 +1,3 @@
+import typer
+
+attributes_app = typer.Typer()
