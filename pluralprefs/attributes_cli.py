@@ -1,3 +1,340 @@
+"""`pluralprefs attributes rewrite | verify | pairs | train | embed`: from texts to attribute scores of responses.
+
+Each command reads what the one before it left in one folder and adds its own plain tables; the teacher's answers are
+kept there as they come, so that a command that was stopped is run again and goes on. In the folder:
+
+    attributes.json, responses.parquet, rewrites.parquet      rewrite (and answers.jsonl, the cache)
+    judgements.parquet, verified.parquet, report.parquet      verify
+    pairs.parquet                                             pairs
+    predictors.safetensors, accuracy.parquet                  train
+    store/                                                    embed
+"""
+
+from __future__ import annotations
+
+from contextlib import closing, nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
+
 import typer
 
-attributes_app = typer.Typer()
+from pluralprefs.terminal import plainly, say
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    import polars as pl
+
+    from pluralprefs.attributes.catalog import Attribute
+    from pluralprefs.attributes.teacher import Task, Teacher
+
+attributes_app = typer.Typer(
+    no_args_is_help=True, help="Latent attributes of texts: counterfactuals, their verification, predictors, scores."
+)
+
+CACHE = "answers.jsonl"
+Folder = Annotated[Path, typer.Option(help="Folder of all tables.")]
+TeacherName = Annotated[str, typer.Option("--teacher", help='"lexicon" (offline) or the address of a chat server.')]
+Model = Annotated[str | None, typer.Option(help="Model of the chat server.")]
+Prices = Annotated[str | None, typer.Option("--price", help="Of a million prompt and completion tokens: 0.5,1.5")]
+MaxCost = Annotated[float | None, typer.Option(help="Stop before this pass could cost more; needs --price.")]
+Concurrency = Annotated[int, typer.Option(help="Calls at once.")]
+Rate = Annotated[float | None, typer.Option(help="New calls a second, at most.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be asked and what it costs; ask nothing.")]
+Named = Annotated[str | None, typer.Option("--attributes", help="Some of the attributes: politeness,security")]
+Debug = Annotated[bool, typer.Option(help="Show tracebacks.")]
+
+
+class Asking(NamedTuple):
+    """Who is asked, and within which limits."""
+
+    teacher: str
+    model: str | None
+    price: str | None
+    max_cost: float | None
+    concurrency: int
+    rate: float | None
+
+    def options(self, folder: Path) -> dict[str, Any]:
+        """Return what `ask_all` is told."""
+        return {
+            "cache": folder / CACHE, "concurrency": self.concurrency, "requests_per_second": self.rate,
+            "max_cost": self.max_cost, "price": self.prices(),
+        }  # fmt: skip
+
+    def prices(self) -> tuple[float, float] | None:
+        """Return the two prices of --price."""
+        if self.price is None:
+            return None
+        try:
+            prompt, completion = (float(part) for part in self.price.split(","))
+        except ValueError:
+            raise ValueError(f"--price {self.price!r}: give two numbers, as 0.5,1.5") from None
+        return prompt, completion
+
+    def open(self, phrases: Any = "train", seed: int = 0) -> Any:
+        """Return a context that gives the teacher; `phrases` and `seed` are the lexicon's."""
+        if self.teacher == "lexicon":
+            from pluralprefs.attributes.lexicon_teacher import LexiconTeacher
+
+            return nullcontext(LexiconTeacher(phrases, seed))
+        if not self.teacher.startswith(("http://", "https://")):
+            raise ValueError(f"--teacher {self.teacher!r}: use lexicon, or an address such as http://localhost:8000/v1")
+        if not self.model:
+            raise ValueError(f"--teacher {self.teacher}: name its model with --model")
+        from pluralprefs.attributes.chat import ChatTeacher
+
+        return closing(ChatTeacher(self.teacher, self.model))
+
+
+@attributes_app.command(
+    epilog="Examples: pluralprefs attributes rewrite my.jsonl --attributes politeness,verbosity · "
+    "pluralprefs attributes rewrite my.jsonl --teacher http://localhost:8000/v1 --model my-model --price 0.5,1.5 "
+    "--max-cost 20 --dry-run"
+)
+@plainly
+def rewrite(
+    data: Annotated[Path | None, typer.Argument(help="Comparisons; without a file, the lexicon's answers.")] = None,
+    folder: Folder = Path("palette"),
+    attributes: Named = None,
+    catalog: Annotated[Path | None, typer.Option(help="Your own attributes (.toml, .json) for the nineteen.")] = None,
+    per_community: Annotated[int, typer.Option(help="Responses of a community.")] = 100,
+    seed: Annotated[int, typer.Option(help="Of the sample and of the lexicon.")] = 0,
+    teacher: TeacherName = "lexicon",
+    model: Model = None,
+    price: Prices = None,
+    max_cost: MaxCost = None,
+    concurrency: Concurrency = 8,
+    rate: Rate = None,
+    dry_run: DryRun = False,
+    debug: Debug = False,
+) -> None:
+    """Rewrite responses at five levels of each attribute."""
+    from pluralprefs.attributes import catalog as known
+    from pluralprefs.attributes.counterfactuals import rewrite_tasks, rewrites, teachers
+    from pluralprefs.attributes.folds import with_folds
+
+    whole = known.load(catalog) if catalog else known.CATALOG
+    chosen = known.choose(attributes.split(","), whole) if attributes else whole
+    responses = with_folds(_responses(data, per_community, seed))
+    asking = Asking(teacher, model, price, max_cost, concurrency, rate)
+    with asking.open("train", seed) as first, asking.open("heldout", seed) as other:
+        heldout = other if teacher == "lexicon" else None
+        if dry_run:
+            tasks = rewrite_tasks(responses, chosen)
+            _estimate(tasks, teachers(responses, len(chosen) * known.LEVELS, first, heldout), folder, asking)
+            return
+        table = rewrites(responses, chosen, first, heldout_teacher=heldout, tell=say, **_made(folder, asking))
+    _write(folder, responses=responses, rewrites=table)
+    _write_attributes(folder, chosen)
+    _show(table.group_by("attribute").len("rewrites").sort("attribute"), "Rewrites")
+    say(f"{table.height} rewrites of {responses.height} responses written to {folder}")
+
+
+@attributes_app.command(
+    epilog="Example: pluralprefs attributes verify --teacher http://localhost:8000/v1 --model my-judge --threshold 0.8"
+)
+@plainly
+def verify(
+    folder: Folder = Path("palette"),
+    threshold: Annotated[float, typer.Option(help="Least share of judgements for the order, 0 to 1.")] = 0.75,
+    preserved: Annotated[float, typer.Option(help="Least score of kept meaning, 0 to 1.")] = 0.1,
+    teacher: TeacherName = "lexicon",
+    model: Model = None,
+    price: Prices = None,
+    max_cost: MaxCost = None,
+    concurrency: Concurrency = 8,
+    rate: Rate = None,
+    dry_run: DryRun = False,
+    debug: Debug = False,
+) -> None:
+    """Judge every pair of levels eight times and keep the pairs that hold."""
+    from pluralprefs.attributes import catalog as known
+    from pluralprefs.attributes.verification import judge, judging_tasks, report, verified
+
+    responses, table = _read(folder, "responses", "rewrite"), _read(folder, "rewrites", "rewrite")
+    chosen = known.load(folder / "attributes.json")
+    asking = Asking(teacher, model, price, max_cost, concurrency, rate)
+    with asking.open("all") as one:
+        if dry_run:
+            tasks = judging_tasks(responses, table, chosen)
+            _estimate(tasks, [one] * len(tasks), folder, asking)
+            return
+        judged = judge(responses, table, chosen, one, tell=say, **_made(folder, asking))
+    pairs = verified(judged.rewrites, judged.judgements, threshold, preserved)
+    rows = report(pairs, judged.judgements)
+    _write(folder, judgements=judged.judgements, verified=pairs, report=rows)
+    _show(rows.filter(rows["gap"].is_null()).drop("gap", "judgements", "readable"), "Verification, over all gaps")
+    say(f"{pairs['kept'].sum()} of {pairs.height} pairs kept; gap by gap in {folder / 'report.parquet'}")
+
+
+@attributes_app.command(epilog="Example: pluralprefs attributes pairs --levels 1,3")
+@plainly
+def pairs(
+    folder: Folder = Path("palette"),
+    levels: Annotated[str, typer.Option(help='Pair of levels that training leaves out, or "none".')] = "1,3",
+    debug: Debug = False,
+) -> None:
+    """Put the kept pairs into training and held-out splits."""
+    import polars as pl
+
+    from pluralprefs.attributes.pairs import ordered_pairs
+
+    apart = _levels(levels)
+    table = ordered_pairs(_read(folder, "verified", "verify"), _read(folder, "responses", "rewrite"), apart)
+    _write(folder, pairs=table)
+    _show(table.group_by("split").agg(pl.len().alias("pairs"), responses=pl.col("response_id").n_unique()), "Pairs")
+    say(f"{table.height} pairs written to {folder / 'pairs.parquet'}")
+
+
+@attributes_app.command(epilog="Example: pluralprefs attributes train --encoder minilm --hidden 64")
+@plainly
+def train(
+    folder: Folder = Path("palette"),
+    attributes: Named = None,
+    encoder: Annotated[str, typer.Option(help='"minilm", a folder or a Hugging Face id.')] = "minilm",
+    hidden: Annotated[int, typer.Option(help="Units of a hidden layer; 0 for linear heads.")] = 0,
+    width: Annotated[int, typer.Option(help="Size of an attribute's embedding.")] = 8,
+    seed: Annotated[int, typer.Option(help="Of the start of hidden layers.")] = 0,
+    debug: Debug = False,
+) -> None:
+    """Fit a head per attribute on the encoder's features, and test it on what was held out."""
+    import polars as pl
+
+    from pluralprefs.attributes.accuracy import accuracy
+    from pluralprefs.attributes.fitting import embedder, fit_predictors
+
+    table = _read(folder, "pairs", "pairs")
+    names = attributes.split(",") if attributes else None
+    embed = embedder(encoder)
+    layers = (hidden,) if hidden else ()
+    found = fit_predictors(table, embed, encoder=encoder, names=names, hidden=layers, width=width, seed=seed)
+    rows = accuracy(found, table, embed)
+    found.save(folder / "predictors.safetensors")
+    _write(folder, accuracy=rows)
+    far = rows.filter((pl.col("gap") == -2) & ~pl.col("split").is_in(["train", "validation"]))
+    _show(far.drop("gap"), "Accuracy on held-out pairs two or more levels apart")
+    say(f"{len(found.names)} predictors written to {folder / 'predictors.safetensors'}; every gap in accuracy.parquet")
+
+
+@attributes_app.command(epilog="Example: pluralprefs attributes embed my.jsonl")
+@plainly
+def embed(
+    data: Annotated[Path | None, typer.Argument(help="Comparisons; without a file, the folder's responses.")] = None,
+    folder: Folder = Path("palette"),
+    debug: Debug = False,
+) -> None:
+    """Store embeddings and scores of all responses by id and attribute name."""
+    import polars as pl
+
+    from pluralprefs.attributes.fitting import embedder
+    from pluralprefs.attributes.predictors import AttributePredictors
+    from pluralprefs.attributes.store import write_store
+
+    found = AttributePredictors.load(folder / "predictors.safetensors")
+    responses = _all_responses(data) if data else _read(folder, "responses", "rewrite")
+    features = embedder(found.encoder)(responses["text"].to_list())
+    write_store(folder / "store", responses["response_id"].to_list(), features, found)
+    scores = pl.DataFrame(found.scores(features), schema=list(found.names))
+    spread = [(name, scores[name].mean(), scores[name].std()) for name in found.names]
+    _show(pl.DataFrame(spread, schema=["attribute", "mean", "deviation"], orient="row"), "Scores, -1 (low) to 1 (high)")
+    say(f"{responses.height} responses by {len(found.names)} attributes written to {folder / 'store'}")
+
+
+def _responses(data: Path | None, per_community: int, seed: int) -> pl.DataFrame:
+    """A sample of a comparisons file, or the plain answers of the lexicon."""
+    import polars as pl
+
+    if data is None:
+        from pluralprefs.data.ids import content_id
+        from pluralprefs.data.lexicon import base_answers
+
+        rows = [
+            (f"{content_id(one.prompt)}/{content_id(one.answer)}", one.prompt, one.answer) for one in base_answers()
+        ]
+        table = pl.DataFrame(rows[:per_community], schema=["response_id", "prompt", "text"], orient="row")
+        return table.with_columns(community_id=pl.lit(None, pl.Utf8)).sort("response_id")
+    from pluralprefs.attributes.counterfactuals import sample_responses
+    from pluralprefs.data.comparisons import read
+
+    return sample_responses(read(data, labelled=False), per_community, seed)
+
+
+def _all_responses(data: Path) -> pl.DataFrame:
+    """Every item of a comparisons file: response_id (the item key) and text."""
+    import polars as pl
+
+    from pluralprefs.data.batches import item_table
+    from pluralprefs.data.comparisons import read
+    from pluralprefs.encoders.tokens import plain
+
+    items = item_table(read(data, labelled=False))
+    texts = pl.Series("text", [plain(text) for text in items["text"].to_list()], dtype=pl.Utf8)
+    return items.select(pl.col("item_key").alias("response_id")).with_columns(texts)
+
+
+def _estimate(tasks: Sequence[Task], teachers: Sequence[Teacher], folder: Path, asking: Asking) -> None:
+    from pluralprefs.attributes.asking import estimate
+
+    for name, teacher in {teacher.name: teacher for teacher in teachers}.items():
+        mine = [task for task, other in zip(tasks, teachers, strict=True) if other.name == name]
+        say(f"{name}: {estimate(teacher, mine, cache=folder / CACHE, price=asking.prices())}")
+
+
+def _made(folder: Path, asking: Asking) -> dict[str, Any]:
+    folder.mkdir(parents=True, exist_ok=True)
+    return asking.options(folder)
+
+
+def _levels(text: str) -> tuple[int, int] | None:
+    if text == "none":
+        return None
+    try:
+        low, high = (int(part) for part in text.split(","))
+    except ValueError:
+        raise ValueError(f"--levels {text!r}: give two levels of 0 to 4, as 1,3, or none") from None
+    return low, high
+
+
+def _read(folder: Path, name: str, command: str) -> pl.DataFrame:
+    from pluralprefs.data.files import read_frame
+
+    path = folder / f"{name}.parquet"
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file; `pluralprefs attributes {command}` writes it")
+    return read_frame(path)
+
+
+def _write(folder: Path, **tables: pl.DataFrame) -> None:
+    from pluralprefs.data.files import write_frame
+
+    for name, table in tables.items():
+        write_frame(table, folder / f"{name}.parquet")
+
+
+def _write_attributes(folder: Path, attributes: Mapping[str, Attribute]) -> None:
+    """The set in the form that `catalog.load` reads."""
+    from dataclasses import asdict
+
+    from pluralprefs.registry.files import write_json
+
+    write_json(folder / "attributes.json", {"attributes": [asdict(attribute) for attribute in attributes.values()]})
+
+
+def _show(table: pl.DataFrame, title: str) -> None:
+    """Print a small table; an attribute that is null stands for all."""
+    from rich.console import Console
+    from rich.table import Table
+
+    shown = Table(title=title, title_justify="left")
+    for name, dtype in table.schema.items():
+        shown.add_column(name, justify="right" if dtype.is_numeric() else "left", overflow="fold")
+    for row in table.iter_rows(named=True):
+        shown.add_row(*(_cell(name, value) for name, value in row.items()))
+    Console().print(shown)
+
+
+def _cell(name: str, value: object) -> str:
+    if value is None:
+        return "all" if name == "attribute" else "–"
+    return f"{value:.3f}" if isinstance(value, float) else str(value)

@@ -1,7 +1,8 @@
 """From ordered pairs to attribute predictors: choose the strength of L2, fit the heads, calibrate, find directions.
 
-The strength is chosen for each attribute by the loss on the validation slice of the training responses; the heads are
-then fitted anew on all training pairs. Held-out splits are used by `accuracy` alone.
+The strength is chosen for each attribute by accuracy on the validation slice of the training responses (scores are
+calibrated afterwards, so their order alone matters); the heads are then fitted anew on all training pairs. Held-out
+splits are used by `accuracy` alone.
 """
 
 from __future__ import annotations
@@ -105,26 +106,25 @@ def _prepare(pairs: pl.DataFrame, embed: Embed, names: Sequence[str] | None) -> 
 
 
 def _choose(data: Data, strengths: Sequence[float], options: dict) -> Float[np.ndarray, " attributes"]:
-    """The strength of the lowest validation loss, an attribute at a time."""
+    """The strength with the fewest validation pairs in the wrong order, of equal ones the greatest, by attribute."""
     if len(strengths) == 1 or not any(data.validation):
         return np.full(len(data.names), strengths[0] if len(strengths) == 1 else UNCHECKED)
-    losses = []
-    for strength in strengths:
-        same = np.full(len(data.names), strength)
-        heads = fit_heads(data.features, Rows.of(data.train), same, data.names, **options)
-        losses.append([_loss(data.features, heads, a, rows) for a, rows in enumerate(data.validation)])
-    chosen = np.asarray(strengths)[np.argmin(losses, axis=0)]
+    grid, errors = sorted(strengths, reverse=True), []
+    for strength in grid:
+        heads = fit_heads(data.features, Rows.of(data.train), np.full(len(data.names), strength), data.names, **options)
+        errors.append([_wrong(data.features, heads, a, rows) for a, rows in enumerate(data.validation)])
+    chosen = np.asarray(grid)[np.argmin(errors, axis=0)]
     checked = [bool(train and held) for train, held in zip(data.train, data.validation, strict=True)]
     return np.where(checked, chosen, UNCHECKED)
 
 
-def _loss(features: np.ndarray, heads: Heads, attribute: int, rows: list[tuple[int, int]]) -> float:
-    """Mean loss in nats of one attribute's pairs."""
+def _wrong(features: np.ndarray, heads: Heads, attribute: int, rows: list[tuple[int, int]]) -> float:
+    """Share of one attribute's pairs in the wrong order."""
     if not rows:
         return 0.0
     low, high = np.asarray(rows).T
     reward = _phi(features, heads, attribute) @ heads.weight[attribute]
-    return float(np.logaddexp(0.0, reward[low] - reward[high]).mean())
+    return float((reward[low] >= reward[high]).mean())
 
 
 def _phi(features: np.ndarray, heads: Heads, attribute: int) -> np.ndarray:

@@ -20,12 +20,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import struct
-from jax.scipy.linalg import cho_factor, cho_solve
+from jax.scipy.sparse.linalg import cg
 from jaxtyping import Array, Float
 
 from pluralprefs.data.ids import stable_hash
 
-NEWTON_STEPS = 15
+NEWTON_STEPS, SOLVE_STEPS = 15, 40  # a system of every Newton step is solved by products with the pairs alone
 ADAM_STEPS, LEARNING_RATE = 300, 1e-2
 TOGETHER = 4  # attributes at once
 
@@ -94,7 +94,7 @@ def _fit(features: Float[Array, "texts dim"], rows: Rows, l2: Any, keys: Any, wi
 
 
 def _linear(features: Float[Array, "texts dim"], rows: Rows, l2: Any) -> Heads:
-    """Newton's method; a step is the best of 1, 1/2 and 1/4 of it."""
+    """Newton's method, each system by conjugate gradients; a step is the best of 1, 1/2 and 1/4 of it."""
     difference = features[rows.high] - features[rows.low]
     share = rows.weight / jnp.maximum(rows.weight.sum(), 1.0)
 
@@ -104,9 +104,9 @@ def _linear(features: Float[Array, "texts dim"], rows: Rows, l2: Any) -> Heads:
     def step(_: Any, w: Array) -> Array:
         wrong = jax.nn.sigmoid(-difference @ w)
         gradient = l2 * w - (share * wrong) @ difference
-        curvature = (difference.T * (share * wrong * (1 - wrong))[None]) @ difference
-        factor = cho_factor(curvature + l2 * jnp.eye(len(w)))
-        trials = w[None] - jnp.array([[1.0], [0.5], [0.25]]) * cho_solve(factor, gradient)[None]
+        curvature = share * wrong * (1 - wrong)
+        newton, _ = cg(lambda v: (curvature * (difference @ v)) @ difference + l2 * v, gradient, maxiter=SOLVE_STEPS)
+        trials = w[None] - jnp.array([[1.0], [0.5], [0.25]]) * newton[None]
         return trials[jnp.argmin(jax.vmap(objective)(trials))]
 
     return Heads(jax.lax.fori_loop(0, NEWTON_STEPS, step, jnp.zeros(features.shape[1])))

@@ -21,7 +21,9 @@ from pluralprefs.attributes.catalog import Attribute
 from pluralprefs.attributes.teacher import QUESTIONS, Judge, Preserved, Task, Teacher
 
 AGREEMENT = 0.75  # six of eight judgements
-PRESERVED = 0.25  # above "it says something else"; a short version keeps less than all
+PRESERVED = (
+    0.1  # above "it says something else", 0; one sentence of many, which is what the lexicon calls concise, passes
+)
 READABLE = 4  # half of the eight judgements of a pair
 PAIR = ["response_id", "attribute", "low", "high"]
 JUDGEMENTS = {
