@@ -554,14 +554,14 @@ def test_the_lexicon_teacher_judges_its_own_rewrites_rightly(phrases):
 def test_the_lexicon_teacher_says_nothing_where_it_knows_nothing():
     lexicon, plain = LexiconTeacher(), base_answers()[0].answer
     assert lexicon.ask(Judge(Axis(), "higher", 0, plain, "Another text.")) == Answer()
-    assert lexicon.ask(Judge(Axis(name="tradition"), "higher", 0, plain, "Keep the old ways.")) == Answer()
+    assert lexicon.ask(Judge(Axis(name="spiciness"), "higher", 0, plain, "Keep the old ways.")) == Answer()
     polite = lexicon.ask(Rewrite(Axis(), 3, plain)).text
     assert lexicon.ask(Judge(Axis(), "higher", 0, plain, polite)).verdict == "second"
     assert (
         lexicon.ask(Judge(Axis(), "higher", 0, polite, lexicon.ask(Rewrite(Axis(), 0, polite)).text)).verdict == "first"
     )
-    (answer,) = ask_all(lexicon, [Rewrite(Axis(name="tradition"), 1, plain)], cache=None, progress=False)
-    assert "attribute 'tradition'" in answer.failure
+    (answer,) = ask_all(lexicon, [Rewrite(Axis(name="spiciness"), 1, plain)], cache=None, progress=False)
+    assert "attribute 'spiciness'" in answer.failure
     assert lexicon.ask(Preserved("Rest. Then run.", "Sell everything.")).score == 0
     assert len({LexiconTeacher(p, s).name for p in ("train", "heldout") for s in (0, 1)}) == 4
     with pytest.raises(ValueError, match="use 'train', 'heldout' or 'all'"):
