@@ -154,6 +154,7 @@ def test_dropout_takes_all_attributes_of_a_comparison_or_each_on_its_own():
     assert (np.ptp(dropped(1000, True).astype(int), axis=1) == 1).mean() > 0.5
 
 
+@pytest.mark.slow
 def test_a_run_learns_what_each_community_likes_and_says_what_attributes_are_worth(tmp_path):
     """Two communities with opposite tastes for one of two attribute columns, from a table to a loaded run."""
     draw = np.random.default_rng(0)
@@ -171,7 +172,7 @@ def test_a_run_learns_what_each_community_likes_and_says_what_attributes_are_wor
             "attr:y:first": first[:, 1], "attr:y:second": second[:, 1],
         }
     )  # fmt: skip
-    settings = ["epochs=10", "shots=[0,4]", "draws=1", "users.rounds=2", "users.folds=2"]
+    settings = ["epochs=10", "shots=[0,4]", "draws=1", "users.rounds=2", "users.cross_fit=null"]
     found = pp.fit(table, model="attribute_attention", encoder="attributes", root=tmp_path, overrides=settings)
     preference = np.asarray(found.users.population["preference"]) + np.asarray(
         found.users.community.state["preference"]

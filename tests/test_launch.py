@@ -47,7 +47,7 @@ def whole(tmp_path_factory):
     return data, run(experiment(data), root=folder / "runs", progress=False)
 
 
-@pytest.mark.parametrize("epochs_before", [5, 12])
+@pytest.mark.parametrize("epochs_before", [pytest.param(5, marks=pytest.mark.slow), 12])
 def test_a_resumed_run_is_equal_to_one_never_stopped(whole, tmp_path, monkeypatch, epochs_before):
     data, expected = whole
     monkeypatch.setattr(training, "CHECKPOINT_SECONDS", 0.0)
