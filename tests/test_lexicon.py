@@ -9,6 +9,7 @@ import pytest
 from polars.testing import assert_frame_equal
 
 from pluralprefs.attributes.catalog import CATALOG as ATTRIBUTES
+from pluralprefs.attributes.lexicon_teacher import expressed
 from pluralprefs.data.comparisons import validate
 from pluralprefs.data.lexicon import attributes, base_answers, corpus, corpus_world, express
 from pluralprefs.data.lexicon.phrases import CATALOG
@@ -33,6 +34,36 @@ def test_all_nine_norms_and_ten_values_have_five_levels():
             assert len(CATALOG[name].phrases(level, "heldout")) >= 2, (name, level)
     with pytest.raises(ValueError, match="kind='style': use 'norm', 'value'"):
         attributes("style")
+
+
+def test_norms_have_many_phrases_a_level_and_the_corpus_keeps_those_it_had():
+    for name, level in itertools.product(set(NORMS.split()) - {"verbosity"}, range(5)):
+        assert len(CATALOG[name].phrases(level, "train")) >= 18, (name, level)
+        assert len(CATALOG[name].phrases(level, "heldout")) >= 7, (name, level)
+        assert len(CATALOG[name].phrases(level, "corpus")) == 5, (name, level)
+    for level in (3, 4):
+        assert len(CATALOG["verbosity"].phrases(level, "train")) >= 12
+        assert len(CATALOG["verbosity"].phrases(level, "heldout")) >= 7
+    for name, level in itertools.product(VALUES.split(), range(5)):
+        assert CATALOG[name].phrases(level, "corpus") == CATALOG[name].phrases(level, "all")
+
+
+def test_the_further_phrases_of_a_norm_are_short_sentences():
+    for name in NORMS.split():
+        for level, text in enumerate(CATALOG[name].more):
+            assert text.count("||") == (1 if text else 0), (name, level)
+            for phrase in (said.strip() for said in text.replace("||", "|").split("|") if text):
+                assert phrase, (name, level, "an empty phrase")
+                assert len(phrase.split()) < 15 or (name, level) == ("verbosity", 4), phrase
+                assert phrase[0].isupper(), phrase
+                assert phrase[-1] in ".!?", phrase
+
+
+def test_a_phrase_tells_its_level_apart_from_the_others_of_its_attribute():
+    for name, level in itertools.product(attributes(), range(5)):
+        for phrase in CATALOG[name].phrases(level):
+            parts = (phrase, "Rest a day.") if CATALOG[name].place == "before" else ("Rest a day.", phrase)
+            assert expressed(" ".join(parts), name) == level, phrase
 
 
 def test_the_lexicon_and_the_catalogue_of_attributes_agree_on_names_kinds_and_poles():
@@ -90,7 +121,10 @@ def test_base_answers_are_distinct_and_have_three_sentences():
 def test_a_rewrite_depends_on_its_seed_alone_and_seeds_vary_it():
     answer = base_answers()[3].answer
     assert express(answer, "humor", 4, seed=1) == express(answer, "humor", 4, seed=1)
-    assert len({express(answer, "humor", 4, seed=seed) for seed in range(30)}) == 5
+    assert len({express(answer, "humor", 4, seed=seed, phrases="corpus") for seed in range(30)}) == 5
+    for phrases in ("train", "heldout"):
+        said = {express(answer, "humor", 4, seed=seed, phrases=phrases) for seed in range(200)}
+        assert len(said) == len(CATALOG["humor"].phrases(4, phrases))
 
 
 def test_levels_of_an_attribute_give_different_texts():

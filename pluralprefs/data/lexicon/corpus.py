@@ -46,10 +46,11 @@ def corpus_world(
     seed: int = 0,
     *,
     texts_per_prompt: int = 10,
-    phrases: str = "all",
+    phrases: str = "corpus",
 ) -> World:
     """Return the corpus with its truth: `items` holds the centred levels of every text, columns as in `NAMES`.
 
+    phrases: as in `express`; "corpus" are those that were there first, so that a seed goes on giving the same texts.
     truth: `population` [attributes], `community` [communities, attributes] and `user` [users, attributes] weights.
     """
     if not 1 <= communities <= len(COMMUNITIES):

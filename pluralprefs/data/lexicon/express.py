@@ -54,7 +54,9 @@ def express(
 ) -> str:
     """Express an answer at a level (0..4) of one attribute, or of several given as {attribute: level}.
 
-    phrases: "train", "heldout" or "all". ValueError names an unknown attribute or a level outside 0..4.
+    phrases: "train", "heldout" or "all" of them; "corpus" draws from the smaller set, of both kinds, that `corpus`
+    uses, to which no phrase is ever added, so that its texts stay what they are. ValueError names an unknown
+    attribute or a level outside 0..4.
     """
     if isinstance(attribute, str):
         if level is None:

@@ -3,13 +3,16 @@
 Attribute names and poles follow PrefPalette (arXiv 2507.13541); the phrases are ours. A level is one string: phrases
 separated by "|", those kept for held-out rewrites after "||". Adding an attribute is adding one entry. Level 2 is the
 middle; an attribute that is not named says nothing at all. Verbosity works on the answer itself (`express`), so its
-lower levels need no phrase. The nine norms stand here, the ten Schwartz values in `values.py`; `CATALOG` holds both.
+lower levels need no phrase. The nine norms stand here, with more of their phrases in `openings.py` and `closings.py`,
+and the ten Schwartz values in `values.py`; `CATALOG` holds them all.
 """
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
+from pluralprefs.data.lexicon.closings import CLOSINGS
+from pluralprefs.data.lexicon.openings import OPENINGS
 from pluralprefs.data.lexicon.values import VALUES
 
 
@@ -20,22 +23,24 @@ class Attribute(NamedTuple):
     high: str
     place: str  # "before" or "after" the answer
     levels: tuple[str, str, str, str, str]
+    more: tuple[str, str, str, str, str] = ("", "", "", "", "")  # phrases that the corpus does not use
 
     def phrases(self, level: int, which: str = "all") -> tuple[str, ...]:
-        """Return the phrases of a level: which = "train", "heldout" or "all".
+        """Return the phrases of a level: "train", "heldout", "all", or "corpus" (both kinds, without those of `more`).
 
         >>> Attribute("low", "high", "after", ("a | b || c", "", "", "", "")).phrases(0, "heldout")
         ('c',)
         """
-        train, _, heldout = self.levels[level].partition("||")
-        chosen = {"train": train, "heldout": heldout, "all": f"{train}|{heldout}"}
+        (train, _, heldout), (more, _, fresh) = self.levels[level].partition("||"), self.more[level].partition("||")
+        chosen = {"train": [train, more], "heldout": [heldout, fresh], "corpus": [train, heldout]}
+        chosen["all"] = chosen["train"] + chosen["heldout"]
         if which not in chosen:
-            raise ValueError(f"phrases={which!r}: use 'train', 'heldout' or 'all'")
-        return tuple(phrase.strip() for phrase in chosen[which].split("|") if phrase.strip())
+            raise ValueError(f"phrases={which!r}: use 'train', 'heldout', 'all' or 'corpus'")
+        return tuple(phrase.strip() for phrase in "|".join(chosen[which]).split("|") if phrase.strip())
 
 
 # Openings come in this order, then the answer, then the closings.
-NORMS: dict[str, Attribute] = {
+_NORMS: dict[str, Attribute] = {
     "formality": Attribute(
         "casual",
         "formal",
@@ -204,6 +209,7 @@ NORMS: dict[str, Attribute] = {
     ),
 }
 
+NORMS = {name: norm._replace(more=(OPENINGS | CLOSINGS)[name]) for name, norm in _NORMS.items()}
 CATALOG: dict[str, Attribute] = {
     **NORMS,
     **{name: Attribute("strongly against", "strongly values", "after", levels) for name, levels in VALUES.items()},
