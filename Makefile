@@ -3,6 +3,9 @@
 VENV ?= .venv
 BIN := $(VENV)/bin
 PYTEST_ARGS ?=
+# Test files are shared out to two processes: much of a test is compiling, which keeps one core busy.
+WORKERS ?= 2
+PYTEST = $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(PYTEST_ARGS)
 # The first Python that is new enough; PYTHON=... chooses another.
 PYTHON ?= $(shell for p in python3 python3.12 python3.11 python3.13 python3.14; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo $$p; break; }; done)
@@ -23,16 +26,16 @@ demo:  ## install what is needed and show the whole path on a small corpus (6 mi
 test: lint types notebooks  ## everything that CI checks: style, types, notebooks, doctests, tests (TORCH=1: with PyTorch)
 ifeq ($(TORCH),1)
 	@$(MAKE) --no-print-directory $(VENV)/.ready-torch
-	@TORCH=$$(test -s $(VENV)/.ready-torch && echo 1) $(BIN)/python -m pytest $(PYTEST_ARGS)
+	@TORCH=$$(test -s $(VENV)/.ready-torch && echo 1) $(PYTEST)
 else
-	@$(BIN)/python -m pytest $(PYTEST_ARGS)
+	@$(PYTEST)
 endif
 
 # What a newer Python and JAX would break first: the mathematics, and reading data.
 FAST ?= $(addprefix tests/test_,laws.py adapt.py parity.py likelihoods.py metrics.py comparisons.py splits.py describe.py)
 
 test-fast: $(VENV)/.ready-fast  ## a few minutes of tests: mathematics, metrics, reading; no style, types or doctests
-	@$(BIN)/python -m pytest $(FAST) $(PYTEST_ARGS)
+	@$(PYTEST) $(FAST)
 
 test-slow: $(VENV)/.ready-test  ## the tests that take minutes
 	@$(BIN)/python -m pytest -m slow $(PYTEST_ARGS)

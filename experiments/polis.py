@@ -6,8 +6,12 @@ Command: PLURALPREFS_DATA=... pluralprefs train experiments/polis.py [--only bra
 Result (2026-11-21, bradley_terry, one fit, it has no random part; 15 minutes on 2 CPU cores under other load):
 seen/testpair 67.6 [66.4, 68.9]; 0.609, unseen/testpair 64.6; 0.618 at 0 shots to 65.7 [63.1, 68.3]; 0.618 at 16 and
 65.4 [62.7, 68.1]; 0.619 at 32, unseen/newprompt 66.6; 0.621 to 67.8 [65.4, 70.3]; 0.595. Intervals are over users.
-65.5 % at 32 shots is missed by 0.1 and the NLL there is 0.001 above zero-shot. The other families were not run on this
-set.
+65.5 % at 32 shots is missed by 0.1 and the NLL there is 0.001 above zero-shot. With log length as a feature
+(--set 'features={"log_length": true}') they are met: seen/testpair 67.7 [66.4, 68.9]; 0.609, unseen/testpair
+65.5; 0.615 at 0 shots, 65.8; 0.615 at 16, 65.6 [62.8, 68.4]; 0.616 at 32 (paired, 32 against 0: +0.0005 nats
+[-0.008, +0.008]), unseen/newprompt 66.2; 0.620 to 67.9; 0.590. But the validation rows prefer the model without it
+(0.6326 nats against 0.6350), so it is not what this file runs: choosing it would be choosing on test rows. The other
+families were not run on this set.
 """
 
 import os

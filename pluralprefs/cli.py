@@ -75,6 +75,9 @@ def fit(
     data: Annotated[Path, typer.Argument(help="Comparisons: .jsonl, .parquet or .csv.")],
     model: Annotated[str, typer.Option(help=MODELS)] = "low_rank",
     encoder: Annotated[str, typer.Option(help='"minilm", "attributes", a folder or a Hugging Face id.')] = "minilm",
+    attributes: Annotated[
+        Path | None, typer.Option(help="Folder of `pluralprefs attributes train`, for attribute_attention.")
+    ] = None,
     assignments: Set = None,
     seeds: Seeds = None,
     root: Root = Path("runs"),
@@ -89,9 +92,9 @@ def fit(
     from pluralprefs.launch import fit as fit_table
 
     run = fit_table(
-        data, model=model, encoder=encoder, root=root, seeds=_seeds(seeds or "0"), save_users=save_users,
-        overrides=assignments or (), tell=say, user=user_column, prompt=prompt_column, pseudonymise=not keep_ids,
-        community_column=community_column,
+        data, model=model, encoder=encoder, attributes=attributes, root=root, seeds=_seeds(seeds or "0"),
+        save_users=save_users, overrides=assignments or (), tell=say, user=user_column, prompt=prompt_column,
+        pseudonymise=not keep_ids, community_column=community_column,
     )  # fmt: skip
     _finish(run)
 
@@ -170,31 +173,53 @@ def score(
         say(f"{scores.height} scores written to {out}")
 
 
-@app.command(epilog="Example: pluralprefs profile runs/2026-... --community engineers")
+@app.command(
+    epilog="Examples: pluralprefs profile runs/2026-... --community engineers · "
+    "pluralprefs profile runs/2026-... --user ana · pluralprefs profile runs/2026-... --users user.safetensors"
+)
 @plainly
 def profile(
     run: Annotated[Path, typer.Argument(help="Run folder of a family with attributes.")],
     community: Annotated[str | None, typer.Option(help="One community; all by default.")] = None,
-    kind: Annotated[str, typer.Option(help="preference, attention or ablation.")] = "preference",
+    user: Annotated[str | None, typer.Option(help='A user of the training data, or "all"; needs kept rows.')] = None,
+    users: Annotated[Path | None, typer.Option(help="User states of `adapt`, from --community.")] = None,
+    kind: Annotated[str, typer.Option(help="preference, attention, ablation or shapley.")] = "preference",
     out: Annotated[Path | None, typer.Option(help="Where all rows go (.jsonl, .csv, .parquet); else printed.")] = None,
     json: Annotated[bool, typer.Option("--json", help="All rows as JSON lines.")] = False,
     debug: Annotated[bool, typer.Option(help="Show tracebacks.")] = False,
 ) -> None:
-    """What each community likes, looks at, and would miss, by attribute, with 95 % intervals over all seeds."""
+    """What each community (or user) likes, looks at, and would miss, by attribute, with 95 % intervals."""
     from pluralprefs.data.files import write_frame
     from pluralprefs.profiles import over_seeds, profile_table
     from pluralprefs.registry import open_run
 
-    rows = over_seeds(open_run(run).table("attribute_weights"))
-    if community is not None:
-        rows = rows.filter(community=community)
-    if not rows.height:
-        raise ValueError(f"--community {community}: the run has no profile of it")
+    if user is not None or users is not None:
+        rows = _user_profiles(run, user, users, community)
+    else:
+        rows = over_seeds(open_run(run).table("attribute_weights"))
+        if community is not None:
+            rows = rows.filter(community=community)
+        if not rows.height:
+            raise ValueError(f"--community {community}: the run has no profile of it")
     if out is not None:
         write_frame(rows, out)
         say(f"{rows.height} rows written to {out}")
     else:
         say(rows.write_ndjson().rstrip() if json else profile_table(rows, kind))
+
+
+def _user_profiles(run: Path, user: str | None, users: Path | None, community: str | None) -> Any:
+    """Profiles of adapted users, or of those of the training data."""
+    loaded = _load(run, None)
+    if users is not None:
+        return loaded.profile(loaded.load_users(users), community=community)
+    rows = loaded.profile()
+    if user == "all":
+        return rows
+    rows = rows.filter(user=loaded.known_as(user or ""))
+    if not rows.height:
+        raise ValueError(f"--user {user}: is no user of the training data that the run kept")
+    return rows
 
 
 @app.command(epilog='Example: pluralprefs runs --where "model=low_rank and accuracy>0.7"')

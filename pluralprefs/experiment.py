@@ -34,7 +34,8 @@ from pluralprefs.models.attribute_attention import AttributeAttention
 from pluralprefs.models.bradley_terry import BradleyTerry
 from pluralprefs.models.ideal_point import IdealDirection, IdealPoint
 from pluralprefs.models.low_rank import LowRank
-from pluralprefs.pooling import fit_pooled, shared_variance, tempered_population
+from pluralprefs.pooling import fit_pooled, half_fits, shared_variance, tempered_population
+from pluralprefs.profiles import preference_variance
 from pluralprefs.train import attribute_dropout
 from pluralprefs.training import Report, gradient_base, temperature_scale
 from pluralprefs.types import Item, LinearInUser, Reduction
@@ -298,7 +299,10 @@ def _fit(
     )
     final = validation is None or not experiment.refit
     if trained and final and pooled.levels and experiment.users.residual is not True:
-        variance = shared_variance(base, fitted, prepared.features)
+        halves = half_fits(base, fitted)
+        variance = shared_variance(halves, prepared.features)
+        if halves and hasattr(model, "attribute_weights"):
+            fitted.notes["preference_variance"] = preference_variance(halves, prepared.features, communities)
         residual = fitted.users.residual + jnp.float32(variance)
         fitted = replace(fitted, users=fitted.users.replace(residual=residual))
         fitted.notes["shared_variance"] = variance

@@ -15,6 +15,7 @@ import jax
 import numpy as np
 import polars as pl
 
+from pluralprefs.attributes.source import predicted
 from pluralprefs.contrasts import controls
 from pluralprefs.data import comparisons
 from pluralprefs.describe import describe, override, resolve
@@ -189,6 +190,7 @@ def fit(
     encoder: str = "minilm",
     root: str | Path = "runs",
     seeds: Sequence[int] = (0,),
+    attributes: str | Path | None = None,
     community_column: str = "community_id",
     save_users: bool = True,
     overrides: Sequence[str] = (),
@@ -201,7 +203,8 @@ def fit(
     `data` is a file or a table, read as `comparisons.read` does (`reading` are its keywords, pseudonyms included);
     `model` a name in `FAMILIES`;
     `community_column` names the column of communities;
-    `encoder` "minilm", "attributes", a folder or a Hugging Face id.
+    `encoder` "minilm", "attributes", a folder or a Hugging Face id;
+    `attributes` a folder of predictors that `pluralprefs attributes train` made, in place of `attr:` columns.
     """
     if model not in FAMILIES:
         raise ValueError(f"model {model!r} is none of {', '.join(FAMILIES)}")
@@ -214,6 +217,10 @@ def fit(
     parts = dict(FAMILIES[model])
     if encoder == "attributes":
         parts["features"] = {}
+    if attributes is not None:
+        if "attributes" not in parts:
+            raise ValueError(f"attributes={str(attributes)!r}: {model} reads none; attribute_attention does")
+        parts["attributes"] = partial(predicted, str(attributes))
     experiment = Experiment(
         data=loader, encoder=partial(load_encoder, encoder), seeds=tuple(seeds),
         save_users=save_users, name=model, data_name=name, **parts,

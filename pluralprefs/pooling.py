@@ -8,8 +8,8 @@ gradient fit found (`training`), once on all rows and once per fold.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -226,32 +226,42 @@ def _users_and_scale(
     return table, root, moments
 
 
-def shared_variance(base: Base, fitted: Fitted, items: Item, *, most: int = 500) -> float:
+def half_fits(base: Base, fitted: Fitted) -> list[Fitted]:
+    """The fit with shared parameters from either half of the users, the rest unchanged; empty where they are few."""
+    user = np.asarray(fitted.rows.user)
+    side = np.array([_hash(f"half|{u}") % 2 for u in user])
+    if len(np.unique(user[user >= 0])) < 4 or len(np.unique(side[user >= 0])) < 2:
+        return []
+    found = []
+    for half in (0, 1):
+        model, population = base(side == half)
+        found.append(replace(fitted, model=model, users=fitted.users.replace(population=population.population)))
+    return found
+
+
+def shared_variance(halves: Sequence[Fitted], items: Item, *, most: int = 500) -> float:
     """Variance of a user's log-odds that comes from the shared parameters, which posteriors take as given.
 
-    Both halves of the users train a model each; both adapt everyone (`most` users at most) to one half of their rows
-    and predict the other. Estimates from halves have twice the variance of one from all, and their difference four
-    times: the mean squared difference is divided by 4. 0 where users are too few.
+    Both of `half_fits` adapt everyone (`most` users at most) to one half of their rows and predict the other.
+    Estimates from halves have twice the variance of one from all, and their difference four times: the mean squared
+    difference is divided by 4. 0 where there are no halves.
     """
-    user = np.asarray(fitted.rows.user)
-    known = np.unique(user[user >= 0])
-    if len(known) < 4:
+    if not halves:
         return 0.0
-    side = np.array([_hash(f"half|{u}") % 2 for u in user])
-    pairs = zip(user, np.asarray(fitted.rows.first), np.asarray(fitted.rows.second), strict=True)
+    rows = halves[0].rows
+    user = np.asarray(rows.user)
+    known = np.unique(user[user >= 0])
+    pairs = zip(user, np.asarray(rows.first), np.asarray(rows.second), strict=True)
     even = np.array([_hash(f"row|{u}|{first}|{second}") % 2 == 0 for u, first, second in pairs])
     chosen = np.isin(user, known[np.linspace(0, len(known) - 1, min(most, len(known))).astype(int)])
     given, asked = (np.flatnonzero(chosen & half) for half in (even, ~even))
-    if not len(asked) or len(np.unique(side[user >= 0])) < 2:
+    if not len(asked):
         return 0.0
-    means = []
-    for half in (0, 1):
-        model, population = base(side == half)
-        table = fitted.users.replace(population=population.population)
-        found, _ = adapt_and_predict(model, table, items, take(fitted.rows, given), user[given],
-                                     take(fitted.rows, asked), user[asked])  # fmt: skip
-        means.append(found)
-    return float(np.mean((means[0] - means[1]) ** 2) / 4)
+    means = [
+        adapt_and_predict(half.model, half.users, items, take(rows, given), user[given], take(rows, asked), user[asked])
+        for half in halves
+    ]
+    return float(np.mean((means[0][0] - means[1][0]) ** 2) / 4)
 
 
 def residual_variance(mean: np.ndarray, variance: np.ndarray, rows: Rows) -> float:

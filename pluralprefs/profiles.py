@@ -1,20 +1,28 @@
 """Attribute profiles: what a community, or a user, likes and looks at, with intervals.
 
-One row per community, attribute and kind:
+One row per community (and user, on request), attribute and kind:
 
-    preference   signed weight of the attribute, in log-odds per unit of its score: population plus community. Interval:
-                 the community's empirical-Bayes posterior, widened by the spread between seeds
+    preference   signed weight of the attribute: the slope of the log-odds on the difference of the attribute's scores,
+                 the other attributes held fixed, over the training comparisons. Interval: the empirical-Bayes posterior
+                 of the community, plus what the shared parameters leave open (half of the users against the other),
+                 widened by the spread between seeds
     attention    mean attention alpha over the responses that the community judged. Interval: over its responses
     ablation     nats per comparison that are lost when the attribute is taken away, on test rows. Interval: over users
+    shapley      the same nats shared out over all orders in which attributes could be added (Shapley 1953); exact, for
+                 `FEW` attributes or fewer
 
 Attention says where a model looks, not which way it pulls nor whether it matters: an attribute with constant score may
-get all of it. Preference says the direction, ablation the worth; they stand side by side (METHODS of PrefPalette,
-arXiv 2507.13541, uses attention alone). Attributes go by name, never by position.
+get all of it. Preference says the direction, ablation the worth; they stand side by side (PrefPalette, arXiv
+2507.13541, uses attention alone). A preference is a slope, not a parameter, because parameters alone are not
+identified: what `preference` says of all people, the head can say as well. Attributes go by name, never by position.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from itertools import combinations
+from math import comb
 from typing import Any
 
 import jax
@@ -23,17 +31,21 @@ import numpy as np
 import polars as pl
 from jaxtyping import Float
 
-from pluralprefs.adapting import predict_seen
-from pluralprefs.fitting import Fitted, Rows, solve_level, strangers
+from pluralprefs.adapt import variance
+from pluralprefs.adapting import adapt_units, predict_seen
+from pluralprefs.fitting import Fitted, Rows, gathered, strangers, take
 from pluralprefs.intervals import estimate_mean
-from pluralprefs.types import Item
-from pluralprefs.users import neutral, part_names
+from pluralprefs.types import Comparisons, Covariance, Item, UserPosterior
+from pluralprefs.users import Deviation, Users, deviating_log_odds, gather, neutral, part_names, ravel
 
 NORMAL = 1.959964
+FEW = 6  # attributes whose every subset is tried
+SLOPE_ROWS = 4096  # comparisons that a slope is taken over, at most
 SCHEMA = {
-    "community": pl.String, "attribute": pl.String, "kind": pl.String, "mean": pl.Float64, "ci_low": pl.Float64,
-    "ci_high": pl.Float64, "n": pl.Int64, "seed": pl.Int64,
+    "community": pl.String, "user": pl.String, "attribute": pl.String, "kind": pl.String, "mean": pl.Float64,
+    "ci_low": pl.Float64, "ci_high": pl.Float64, "n": pl.Int64, "seed": pl.Int64,
 }  # fmt: skip
+Slopes = tuple[Float[np.ndarray, " attributes"], Float[np.ndarray, " attributes"]]  # mean and variance
 
 
 def attribute_weights(
@@ -43,22 +55,50 @@ def attribute_weights(
 
     Raises TypeError for a family without attributes.
     """
-    if items.attributes is None or not hasattr(fitted.model, "attribute_weights"):
-        raise TypeError(f"{type(fitted.model).__name__} has no attributes to profile: fit attribute_attention")
+    _require_attributes(fitted.model, items)
     names = ["", *communities]
     found = [
         *_preferences(fitted, items, names),
         *_attention(fitted, items, names),
         *_ablation(fitted, items, test, names),
     ]
-    rows = [{"attribute": attributes[at], "seed": seed, **row} for at, row in found]
-    return pl.DataFrame(rows, schema=SCHEMA)
+    if len(attributes) <= FEW:
+        found += _shapley(fitted, items, test, names)
+    return _table(found, attributes, seed)
+
+
+def user_weights(
+    fitted: Fitted, items: Item, users: Mapping[str, tuple[int, UserPosterior]], communities: Sequence[str],
+    attributes: Sequence[str], *, seed: int = 0,
+) -> pl.DataFrame:  # fmt: skip
+    """Profile users, each given as (number of the community or -1, posterior): preference and attention.
+
+    The interval of a preference holds the user's posterior, the community's and the shared parameters' variance.
+    Attention is over the responses of the training rows. Raises TypeError for a family without attributes.
+    """
+    _require_attributes(fitted.model, items)
+    sample = _sample(fitted.rows)
+    around = dict(enumerate(community_slopes(fitted, items, len(communities)), start=-1))
+    responses = jax.tree.map(lambda x: x[np.unique(np.concatenate([sample.first, sample.second]))], items)
+    found = []
+    for name, (community, posterior) in users.items():
+        value, spread = slopes(fitted.model, fitted.users, items, sample, posterior, community)
+        own = jax.tree.map(jnp.add, gather(fitted.users, jnp.asarray(community), jnp.asarray(-1))[0],
+                           posterior.mean.state)  # fmt: skip
+        alpha = np.asarray(_alpha(fitted.model, own, responses))
+        place = {"community": communities[community] if community >= 0 else "", "user": name}
+        half = NORMAL * np.sqrt(spread + around[community][1])
+        error = NORMAL * alpha.std(0) / np.sqrt(len(alpha))
+        for at in range(len(attributes)):
+            found.append((at, _row(place, "preference", value[at], half[at], len(sample.target))))
+            found.append((at, _row(place, "attention", alpha[:, at].mean(), error[at], len(alpha))))
+    return _table(found, attributes, seed)
 
 
 def over_seeds(weights: pl.DataFrame) -> pl.DataFrame:
     """Average profiles over seeds; an interval is widened by the spread between them. `seed` is null then."""
     half = (pl.col("ci_high") - pl.col("ci_low")) / 2 / NORMAL
-    grouped = weights.group_by("community", "attribute", "kind", maintain_order=True).agg(
+    grouped = weights.group_by("community", "user", "attribute", "kind", maintain_order=True).agg(
         pl.col("mean").mean(), within=(half**2).mean(), between=pl.col("mean").var().fill_null(0.0), n=pl.col("n").max()
     )
     half_width = NORMAL * (pl.col("within") + pl.col("between")).sqrt()
@@ -76,10 +116,14 @@ def profile_table(weights: pl.DataFrame, kind: str = "preference") -> str:
     chosen = weights.filter(kind=kind)
     if not chosen.height:
         raise ValueError(f"kind {kind!r}: the profile has {', '.join(sorted(weights['kind'].unique()))}")
-    names = list(dict.fromkeys(chosen["community"]))
-    lines = [[kind, *(name or "population" for name in names)]]
+    place = (
+        pl.when(pl.col("user").is_not_null()).then("user").when(pl.col("community") == "").then(pl.lit("population"))
+    )
+    chosen = chosen.with_columns(place=place.otherwise("community"))
+    names = list(dict.fromkeys(chosen["place"]))
+    lines = [[kind, *names]]
     for attribute in dict.fromkeys(chosen["attribute"]):
-        own = {row["community"]: row for row in chosen.filter(attribute=attribute).iter_rows(named=True)}
+        own = {row["place"]: row for row in chosen.filter(attribute=attribute).iter_rows(named=True)}
         lines.append([attribute, *(_cell(own.get(name)) for name in names)])
     width = [max(len(line[i]) for line in lines) for i in range(len(names) + 1)]
     text = ["  ".join(field.ljust(n) for field, n in zip(line, width, strict=True)).rstrip() for line in lines]
@@ -94,33 +138,117 @@ def _cell(row: dict[str, Any] | None) -> str:
     return f"{row['mean']:+.2f}{star}[{low:+.2f}, {high:+.2f}]"
 
 
-def community_posterior(
-    fitted: Fitted, items: Item, count: int
-) -> tuple[Float[np.ndarray, "communities size"], Float[np.ndarray, "communities size"]]:
-    """Mean and standard deviation of the communities' deviations, given the training rows."""
-    users, rows = fitted.users, fitted.rows
-    root = np.asarray(users.community_root)
-    empty = users.replace(community=jax.tree.map(lambda x: x[:0], users.community))
-    flat = strangers(rows).replace(community=np.full_like(rows.community, -1))
-    moments = solve_level(fitted.model, empty, items, flat, np.asarray(rows.community), count, root)
-    return moments.mean * root, np.sqrt(moments.variance) * root
+def slopes(
+    model: Any, users: Users, items: Item, sample: Rows, posterior: UserPosterior, community: int = -1
+) -> Slopes:
+    """Slope of the log-odds on each attribute's score difference, and its variance, under a user's posterior.
+
+    Least squares over the rows of `sample`, all attributes at once; the user departs from `community` (-1: from the
+    population). An attribute whose scores never differ has slope 0.
+    """
+    score = np.asarray(_scores(items), np.float64)
+    difference = score[np.asarray(sample.first)] - score[np.asarray(sample.second)]
+    inverse = jnp.asarray(np.linalg.pinv(difference), jnp.float32)
+    found, spread = _slopes(model, users, gathered(items, jax.tree.map(jnp.asarray, sample)), inverse,
+                            posterior.replace(base=""), jnp.asarray(community))  # fmt: skip
+    return np.asarray(found, np.float64), np.asarray(spread, np.float64)
+
+
+@jax.jit
+def _slopes(
+    model: Any, users: Users, rows: Comparisons[Item], inverse: Any, posterior: UserPosterior, community: Any
+) -> tuple[jax.Array, jax.Array]:
+    vector, unravel = ravel(posterior.mean)
+    base, _ = gather(users, community, jnp.asarray(-1))
+
+    def value(v: Any, row: Comparisons[Item]) -> jax.Array:
+        return deviating_log_odds(model, base, unravel(v), row.replace(offset=jnp.zeros(())), users.scale)
+
+    found = inverse @ jax.vmap(partial(value, vector))(rows)
+    gradients = inverse @ jax.vmap(lambda row: jax.grad(value)(vector, row))(rows)
+    if posterior.covariance is None:
+        return found, jnp.zeros_like(found)
+    return found, jax.vmap(partial(variance, posterior.covariance))(gradients)
+
+
+def community_slopes(fitted: Fitted, items: Item, count: int) -> list[Slopes]:
+    """Slopes of the population (first, variance of the shared parameters alone) and of each community."""
+    sample, neither = _sample(fitted.rows), _point(fitted.model)
+    shared = fitted.notes.get("preference_variance", {})
+    value, none = slopes(fitted.model, fitted.users, items, sample, neither)
+    found = [(value, none + shared.get("population", 0.0))]
+    alone, posteriors = community_posteriors(fitted, items, count)
+    size = fitted.users.user_root.shape[0]
+    anyone = UserPosterior(neutral(fitted.model), Covariance(fitted.users.user_root, jnp.zeros((0, size))))
+    for number, posterior in enumerate(posteriors):
+        mean, spread = slopes(fitted.model, alone, items, sample, posterior)
+        _, of_users = slopes(fitted.model, fitted.users, items, sample, anyone, number)
+        share = _shares(fitted.rows, number)
+        found.append((mean, spread + shared.get("community", 0.0) + of_users * (share**2).sum()))
+    return found
+
+
+def _shares(rows: Rows, community: int) -> Float[np.ndarray, " users"]:
+    """Share of a community's training rows that each of its users judged; nobody's where there are none.
+
+    A community is known through its members: its slope holds the members' deviations in these shares.
+    """
+    users = np.asarray(rows.user)[np.asarray(rows.community) == community]
+    count = np.unique(users, return_counts=True)[1]
+    return count / max(len(users), 1)
+
+
+def community_posteriors(fitted: Fitted, items: Item, count: int) -> tuple[Users, list[UserPosterior]]:
+    """Each community's deviation given the training rows, and the table that it departs from: the population."""
+    users, rows = fitted.users, strangers(fitted.rows)
+    state = np.array(part_names(neutral(fitted.model))) != "gain"  # care is a user's alone
+    root = jnp.where(state if users.community_root.ndim == 1 else state[:, None], users.community_root, 0.0)
+    alone = users.replace(
+        community=jax.tree.map(lambda x: x[:0], users.community), user_root=root, residual=jnp.zeros(())
+    )
+    unit = np.asarray(rows.community)
+    rows = rows.replace(community=np.full_like(unit, -1), offset=np.zeros_like(rows.offset))
+    known = unit >= 0
+    found = adapt_units(fitted.model, alone, items, take(rows, np.flatnonzero(known)), unit[known])
+    prior = UserPosterior(neutral(fitted.model), Covariance(root, jnp.zeros((0, len(state)))))
+    return alone, [found.get(number, prior) for number in range(count)]
+
+
+def preference_variance(halves: Sequence[Fitted], items: Item, count: int) -> dict[str, float]:
+    """Variance of slopes that comes from the shared parameters, of the population and of communities.
+
+    `halves` are fits whose shared parameters are those of half of the users each: their difference has four times the
+    variance of a fit to all (see `pooling.shared_variance`).
+    """
+    one, other = (np.stack([mean for mean, _ in community_slopes(half, items, count)]) for half in halves)
+    square = (one - other) ** 2 / 4
+    return {"population": float(square[0].mean()), "community": float(square[1:].mean()) if count else 0.0}
 
 
 def _preferences(fitted: Fitted, items: Item, names: Sequence[str]) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Population and communities, multiplied by the scale of the log-odds."""
-    parts = np.array(part_names(neutral(fitted.model)))
-    scale = float(fitted.users.scale)
-    population = np.asarray(fitted.users.population["preference"], float)
-    mean, deviation = community_posterior(fitted, items, len(names) - 1)
-    judged = np.bincount(np.asarray(fitted.rows.community)[fitted.rows.community >= 0], minlength=len(names) - 1)
-    own, spread = mean[:, parts == "preference"], deviation[:, parts == "preference"]
-    for number, name in enumerate(names):
-        value = population + (own[number - 1] if number else 0.0)
-        half = NORMAL * (spread[number - 1] if number else np.zeros(len(population)))
-        n = int(judged[number - 1]) if number else len(fitted.rows.target)
-        for at in range(len(population)):
-            low, high = value[at] - half[at], value[at] + half[at]
-            yield at, _row(name, "preference", scale * value[at], scale * low, scale * high, n)
+    community = np.asarray(fitted.rows.community)
+    for number, (value, spread) in enumerate(community_slopes(fitted, items, len(names) - 1)):
+        n = int((community == number - 1).sum()) if number else len(community)
+        half = NORMAL * np.sqrt(spread)
+        for at in range(len(value)):
+            yield at, _row({"community": names[number]}, "preference", value[at], half[at], n)
+
+
+def _sample(rows: Rows) -> Rows:
+    """Training rows that all slopes are taken over, spread evenly."""
+    count = len(rows.target)
+    return take(rows, np.linspace(0, count - 1, min(count, SLOPE_ROWS)).astype(int))
+
+
+def _scores(items: Item) -> Any:
+    """Calibrated scores of the items' attributes, 0 where one is not at hand: [items, attributes]."""
+    score = items.attributes[..., 0]  # pyright: ignore[reportOptionalSubscript]
+    return score if items.attribute_mask is None else jnp.where(items.attribute_mask, score, 0.0)
+
+
+def _point(model: Any) -> UserPosterior:
+    """Nobody's deviation, for certain."""
+    return UserPosterior(Deviation(model.init_user(), jnp.zeros(())))
 
 
 def _attention(fitted: Fitted, items: Item, names: Sequence[str]) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -136,8 +264,7 @@ def _attention(fitted: Fitted, items: Item, names: Sequence[str]) -> Iterator[tu
         weights = np.asarray(_alpha(fitted.model, state, jax.tree.map(lambda x, r=responses: x[r], items)))
         mean, error = weights.mean(0), weights.std(0) / np.sqrt(len(weights))
         for at in range(weights.shape[1]):
-            low, high = mean[at] - NORMAL * error[at], mean[at] + NORMAL * error[at]
-            yield at, _row(name, "attention", mean[at], low, high, len(weights))
+            yield at, _row({"community": name}, "attention", mean[at], NORMAL * error[at], len(weights))
 
 
 @jax.jit
@@ -147,19 +274,52 @@ def _alpha(model: Any, state: Any, items: Item) -> jax.Array:
 
 def _ablation(fitted: Fitted, items: Item, test: Rows, names: Sequence[str]) -> Iterator[tuple[int, dict[str, Any]]]:
     """Nats with an attribute masked minus nats with all, users adapted with all of them."""
-    if not len(test.target) or items.attributes is None:
+    if not len(test.target):
         return
+    count = _mask(items).shape[-1]
     plain = _nats(fitted, items, items, test)
+    for at in range(count):
+        lost = _nats(fitted, items, _with_only(items, set(range(count)) - {at}), test) - plain
+        yield from ((at, row) for row in _by_community(lost, test, names, "ablation"))
+
+
+def _shapley(fitted: Fitted, items: Item, test: Rows, names: Sequence[str]) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Nats that an attribute saves on average over the orders of adding attributes; they sum to what all save."""
+    if not len(test.target):
+        return
+    count = _mask(items).shape[-1]
+    subsets = [frozenset(s) for size in range(count + 1) for s in combinations(range(count), size)]
+    nats = {subset: _nats(fitted, items, _with_only(items, subset), test) for subset in subsets}
+    for at in range(count):
+        saved = np.zeros(len(test.target))
+        for subset in subsets:
+            if at not in subset:
+                weight = 1 / (count * comb(count - 1, len(subset)))
+                saved += weight * (nats[subset] - nats[subset | {at}])
+        yield from ((at, row) for row in _by_community(saved, test, names, "shapley"))
+
+
+def _by_community(values: np.ndarray, test: Rows, names: Sequence[str], kind: str) -> Iterator[dict[str, Any]]:
+    """Mean of a value of each test row, by community, with its interval over users."""
     community, users = np.asarray(test.community), pl.Series(np.asarray(test.user))
-    mask = np.ones(items.attributes.shape[:-1], bool) if items.attribute_mask is None else items.attribute_mask
-    for at in range(items.attributes.shape[-2]):
-        without = items.replace(attribute_mask=jnp.asarray(mask).at[:, at].set(False))
-        lost = _nats(fitted, items, without, test) - plain
-        for number, name in enumerate(names):
-            chosen = community == number - 1 if number else np.ones(len(community), bool)
-            if chosen.any():
-                found = estimate_mean(lost[chosen], users.filter(pl.Series(chosen)), np.ones(chosen.sum()), 1000, 0)
-                yield at, _row(name, "ablation", found.value, found.ci_low, found.ci_high, int(chosen.sum()))
+    for number, name in enumerate(names):
+        chosen = community == number - 1 if number else np.ones(len(community), bool)
+        if chosen.any():
+            found = estimate_mean(values[chosen], users.filter(pl.Series(chosen)), np.ones(chosen.sum()), 1000, 0)
+            row = _row({"community": name}, kind, found.value, 0.0, int(chosen.sum()))
+            yield row | {"ci_low": found.ci_low, "ci_high": found.ci_high}
+
+
+def _mask(items: Item) -> np.ndarray:
+    """Which attributes are at hand: [items, attributes]."""
+    shape = items.attributes.shape[:-1]  # pyright: ignore[reportOptionalMemberAccess]
+    return np.ones(shape, bool) if items.attribute_mask is None else np.asarray(items.attribute_mask)
+
+
+def _with_only(items: Item, subset: Any) -> Item:
+    """The items with all attributes but these taken away."""
+    keep = np.isin(np.arange(_mask(items).shape[-1]), list(subset))
+    return items.replace(attribute_mask=jnp.asarray(_mask(items) & keep))
 
 
 def _nats(fitted: Fitted, items: Item, asked: Item, test: Rows) -> Float[np.ndarray, " rows"]:
@@ -172,5 +332,16 @@ def _nats(fitted: Fitted, items: Item, asked: Item, test: Rows) -> Float[np.ndar
     return target * np.logaddexp(0, -logits) + (1 - target) * np.logaddexp(0, logits)
 
 
-def _row(community: str, kind: str, mean: float, low: float | None, high: float | None, n: int) -> dict[str, Any]:
-    return {"community": community, "kind": kind, "mean": float(mean), "ci_low": low, "ci_high": high, "n": n}
+def _require_attributes(model: Any, items: Item) -> None:
+    if items.attributes is None or not hasattr(model, "attribute_weights"):
+        raise TypeError(f"{type(model).__name__} has no attributes to profile: fit attribute_attention")
+
+
+def _table(found: Sequence[tuple[int, dict[str, Any]]], attributes: Sequence[str], seed: int) -> pl.DataFrame:
+    rows = [{"user": None, "attribute": attributes[at], "seed": seed, **row} for at, row in found]
+    return pl.DataFrame(rows, schema=SCHEMA)
+
+
+def _row(place: Mapping[str, str], kind: str, mean: float, half: float, n: int) -> dict[str, Any]:
+    mean, half = float(mean), float(half)
+    return {**place, "kind": kind, "mean": mean, "ci_low": mean - half, "ci_high": mean + half, "n": n}

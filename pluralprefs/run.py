@@ -15,7 +15,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,8 @@ import polars as pl
 
 from pluralprefs.adapt import laplace_user, neutral_size
 from pluralprefs.adapting import adapt_and_predict, adapt_units, mean_rewards, predict_rows
+from pluralprefs.attributes.source import COLUMNS
+from pluralprefs.attributes.source import restore as restore_source
 from pluralprefs.contrasts import controls
 from pluralprefs.data import batches, comparisons, splits
 from pluralprefs.data.files import DataError
@@ -44,8 +46,9 @@ from pluralprefs.experiment import (
     item_positions,
     text_lengths,
 )
-from pluralprefs.fitting import Fitted, Rows, step_up
+from pluralprefs.fitting import Fitted, Rows, step_up, take
 from pluralprefs.metrics import summarise
+from pluralprefs.profiles import user_weights
 from pluralprefs.registry.files import RegistryError, load_arrays, save_arrays, write_json
 from pluralprefs.registry.folder import RunFolder, open_run
 from pluralprefs.train import CheckpointStore
@@ -74,7 +77,9 @@ def save_shared(folder: RunFolder, experiment: Experiment, prepared: Prepared) -
     if isinstance(prepared.encoder, AttributeEncoder):
         prepared.encoder.save(path / "encoder.json")
     if isinstance(prepared.attributes, AttributeEncoder):
-        prepared.attributes.save(path / "attributes.json")
+        prepared.attributes.save(path / COLUMNS)
+    elif prepared.attributes is not None:
+        prepared.attributes.save(path)
     if experiment.save_users:
         save_arrays(path / "items.safetensors", _arrays(prepared.features))
 
@@ -220,6 +225,32 @@ class Run:
         joined = pl.concat(parts)
         return pl.concat([summarise(joined, pool_seeds=True), controls(joined, pool_seeds=True)])
 
+    def profile(
+        self, users: Mapping[str, UserPosterior] | None = None, *, community: str | None = None
+    ) -> pl.DataFrame:
+        """Attribute profiles of users: preference and attention with intervals (`profiles.user_weights`).
+
+        `users` are adapted ones, who depart from `community` (None: from the population); without any, all users of
+        the training data, each from the community of most of its rows. Slopes are taken over the kept training rows.
+        Raises DataError where the run kept none, TypeError for a family without attributes.
+        """
+        if self.rows is None or self.items is None:
+            raise DataError(f"{self.folder.name}: kept no training rows to profile users on; fit with save_users")
+        known = self.vocabulary.communities
+        if community is not None and community not in known:
+            raise DataError(f"community {community!r}: the run has {', '.join(known) or 'none'}")
+        fitted = Fitted(self.model, self.users, self.rows, self.notes)
+        if users is not None:
+            place = -1 if community is None else known.index(community)
+            units = {name: (place, posterior) for name, posterior in users.items()}
+        else:
+            user, rows = np.asarray(self.rows.user), self.rows
+            mine = np.flatnonzero(user >= 0)
+            found = adapt_units(self.model, self.users, self.items, take(rows, mine), user[mine])
+            units = {self.vocabulary.users[u]: (_usual(rows.community[user == u]), p) for u, p in found.items()}
+        names = self.attributes.names if self.attributes is not None else ()
+        return user_weights(fitted, self.items, units, known, names)
+
     def save_users(self, path: str | Path, posteriors: Mapping[str, UserPosterior]) -> None:
         """Write user states to one safetensors file, with their names and this model's fingerprint in its metadata."""
         arrays = {}
@@ -317,6 +348,12 @@ class Run:
         return {"reward_first": pl.Series(first), "reward_second": pl.Series(second)}
 
 
+def _usual(numbers: Any) -> int:
+    """The most frequent number."""
+    values, counts = np.unique(np.asarray(numbers), return_counts=True)
+    return int(values[counts.argmax()])
+
+
 def _no_rows(rows: Rows) -> Rows:
     return jax.tree.map(lambda x: x[:0], rows)
 
@@ -377,8 +414,8 @@ def _load_maps(where: Path) -> Features | None:
     if not (where / "features.safetensors").exists():
         return None
     arrays, _ = load_arrays(where / "features.safetensors")
-    fields = ("length_mean", "length_scale", "anchors", "whiten", "width")
-    return Features(**{name: jnp.asarray(arrays[name]) if name in arrays else None for name in fields})
+    names = [field.name for field in fields(Features)]
+    return Features(**{name: jnp.asarray(arrays[name]) if name in arrays else None for name in names})
 
 
 def _encoder(experiment: Experiment, where: Path) -> Any:
@@ -387,10 +424,9 @@ def _encoder(experiment: Experiment, where: Path) -> Any:
 
 
 def _attributes(experiment: Experiment, where: Path) -> Any:
-    saved = where / "attributes.json"
-    if saved.exists():
-        return AttributeEncoder.restore(saved)
-    return None if experiment.attributes is None else experiment.attributes()
+    if experiment.attributes is None:
+        return None
+    return restore_source(where) or experiment.attributes()
 
 
 def _fingerprint(params: Any) -> str:

@@ -16,7 +16,7 @@ from pluralprefs.adapting import predict_seen
 from pluralprefs.fitting import Fitted, fit_strength, take
 from pluralprefs.models.bradley_terry import BradleyTerry
 from pluralprefs.newton import Judgements
-from pluralprefs.pooling import fit_pooled, population_by_newton, residual_variance, shared_variance
+from pluralprefs.pooling import fit_pooled, half_fits, population_by_newton, residual_variance, shared_variance
 from pluralprefs.types import Item
 from pluralprefs.users import Pooled, Users, apply_root, part_names, ravel
 
@@ -340,8 +340,11 @@ def test_shared_variance_is_a_quarter_of_the_squared_difference_of_halves():
         weight = jnp.asarray([1.0, 0.0]) if len(masks) == 1 else jnp.asarray([0.0, 1.0])
         return model, table.replace(population={"linear": weight})
 
-    fitted = Fitted(model, table, judged)
+    halves = half_fits(base, Fitted(model, table, judged))
     expected = (2.0 * (1.0 - -0.5)) ** 2 / 4  # log-odds of the first item over the second: 2 * 1 and 2 * -0.5
-    assert shared_variance(base, fitted, items) == pytest.approx(expected, rel=1e-5)
+    assert shared_variance(halves, items) == pytest.approx(expected, rel=1e-5)
+    few = judged.replace(user=np.where(unit < 3, unit, -1))
+    assert half_fits(base, Fitted(model, table, few)) == []
+    assert shared_variance([], items) == 0.0
     assert (masks[0] == ~masks[1]).all()
     assert all(len(set(masks[0][unit == u])) == 1 for u in range(users))

@@ -1,5 +1,7 @@
 """Profiles of communities are recomputed by hand from a model whose parameters are known."""
 
+from itertools import permutations
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,10 +9,18 @@ import polars as pl
 import pytest
 from families import FAMILIES, items, pick, rows
 
-from pluralprefs.fitting import Fitted
-from pluralprefs.profiles import SCHEMA, attribute_weights, over_seeds
-from pluralprefs.types import Item
-from pluralprefs.users import Users
+from pluralprefs.adapting import adapt_units
+from pluralprefs.fitting import Fitted, take
+from pluralprefs.profiles import (
+    SCHEMA,
+    attribute_weights,
+    over_seeds,
+    preference_variance,
+    slopes,
+    user_weights,
+)
+from pluralprefs.types import Covariance, Item, UserPosterior
+from pluralprefs.users import Users, neutral
 
 NAMES = ("warmth", "length", "wit")
 
@@ -37,24 +47,60 @@ def of(weights, community, kind):
     return np.array([part.filter(pl.col("attribute") == name)["mean"][0] for name in NAMES])
 
 
+def slopes_by_hand(fitted, x, state, step=1e-3):
+    """Least-squares slopes of the log-odds on score differences, and their derivatives by each number of the state."""
+    first, second = np.asarray(fitted.rows.first), np.asarray(fitted.rows.second)
+    z = np.asarray(x.attributes, float)[..., 0]
+
+    def values(vector):
+        user = {"attention": jnp.asarray(vector[:3]), "preference": jnp.asarray(vector[3:])}
+        reward = np.array([float(fitted.model.reward(user, pick(x, i))) for i in range(len(z))])
+        logits = float(fitted.users.scale) * (reward[first] - reward[second])
+        return np.linalg.lstsq(z[first] - z[second], logits, rcond=None)[0]
+
+    start = np.concatenate([np.asarray(state["attention"], float), np.asarray(state["preference"], float)])
+    ends = [(values(start + step * e) - values(start - step * e)) / (2 * step) for e in np.eye(6)]
+    return values(start), np.stack(ends, axis=1)
+
+
+def half_width(weights, community):
+    part = weights.filter(pl.col("community") == community, pl.col("kind") == "preference")
+    return ((part["ci_high"] - part["ci_low"]) / 2).to_numpy()
+
+
 def test_every_community_attribute_and_kind_has_one_row_with_an_interval():
     fitted, x = fitted_and_items()
     found = attribute_weights(fitted, x, fitted.rows, ("cats", "dogs"), NAMES, seed=3)
     assert dict(found.schema) == SCHEMA
-    assert found.height == 3 * 3 * 3
+    assert found.height == 3 * 3 * 4
     assert found.select("community", "attribute", "kind").is_unique().all()
     assert ((found["ci_low"] <= found["mean"]) & (found["mean"] <= found["ci_high"])).all()
     assert found["seed"].unique().to_list() == [3]
 
 
-def test_preference_is_population_plus_community_in_log_odds_per_unit_of_score():
+def test_preference_is_the_slope_of_the_log_odds_on_the_scores():
     fitted, x = fitted_and_items()
     found = attribute_weights(fitted, x, fitted.rows, ("cats", "dogs"), NAMES)
-    np.testing.assert_allclose(of(found, "", "preference"), 1.5 * np.array([1.0, 0.0, -1.0]), rtol=1e-6)
+    expected, _ = slopes_by_hand(fitted, x, fitted.users.population)
+    np.testing.assert_allclose(of(found, "", "preference"), expected, rtol=1e-3, atol=1e-4)
     tight, _ = fitted_and_items(strength=1e-4)
     near = attribute_weights(tight, x, tight.rows, ("cats", "dogs"), NAMES)
-    np.testing.assert_allclose(of(near, "cats", "preference"), 1.5 * np.array([1.0, 0.0, -1.0]), atol=1e-3)
+    np.testing.assert_allclose(of(near, "cats", "preference"), expected, atol=2e-3)
     assert np.abs(of(found, "cats", "preference") - of(found, "dogs", "preference")).max() > 0.05
+
+
+def test_what_the_head_says_of_all_people_counts_as_their_preference():
+    """A head that rewards what the scores say, and a preference that says the same, have the same profile."""
+    fitted, x = fitted_and_items()
+    x = x.replace(embedding=x.attributes[:, :, 0] @ jnp.eye(3, 4))
+    plain = fitted.model.replace(gain=jnp.zeros(()), head=jnp.zeros(4))
+    weights = jnp.asarray([0.7, -0.4, 0.2])
+    by_head = Fitted(plain.replace(head=weights @ jnp.eye(3, 4)), fitted.users, fitted.rows)
+    by_preference = Fitted(plain, fitted.users.replace(population=fitted.users.population | {
+        "preference": fitted.users.population["preference"] + weights}), fitted.rows)  # fmt: skip
+    one, other = (attribute_weights(f, x, f.rows, ("cats", "dogs"), NAMES) for f in (by_head, by_preference))
+    for community in ("", "cats"):
+        np.testing.assert_allclose(of(one, community, "preference"), of(other, community, "preference"), rtol=1e-3)
 
 
 def test_a_community_without_comparisons_is_at_its_prior():
@@ -62,9 +108,49 @@ def test_a_community_without_comparisons_is_at_its_prior():
     fitted.rows = fitted.rows.replace(community=np.zeros_like(fitted.rows.community))
     found = attribute_weights(fitted, x, fitted.rows, ("cats", "dogs"), NAMES)
     dogs = found.filter(pl.col("community") == "dogs", pl.col("kind") == "preference")
-    np.testing.assert_allclose(dogs["mean"], 1.5 * np.array([1.0, 0.0, -1.0]), atol=1e-5)
-    np.testing.assert_allclose((dogs["ci_high"] - dogs["ci_low"]) / 2, 1.959964 * 1.5 * 0.7, rtol=1e-4)
+    expected, by_state = slopes_by_hand(fitted, x, fitted.users.population)
+    np.testing.assert_allclose(dogs["mean"], expected, rtol=1e-3, atol=1e-4)
+    wide = 1.959964 * 0.7 * np.sqrt((by_state**2).sum(1))
+    np.testing.assert_allclose(half_width(found, "dogs"), wide, rtol=1e-2)
     assert found.filter(pl.col("community") == "dogs", pl.col("kind") == "attention").height == 0
+
+
+def test_an_interval_holds_what_members_and_shared_parameters_leave_open():
+    """Nobody deviates but the members, two of equal share a community; then half of the users differ from the rest."""
+    fitted, x = fitted_and_items(strength=1e-6)
+    fitted.users = fitted.users.replace(user_root=jnp.full(7, 0.5))
+    found = attribute_weights(fitted, x, fitted.rows, ("cats", "dogs"), NAMES)
+    user = UserPosterior(neutral(fitted.model), Covariance(fitted.users.user_root, jnp.zeros((0, 7))))
+    _, spread = slopes(fitted.model, fitted.users, x, fitted.rows, user, 0)
+    np.testing.assert_allclose(half_width(found, "cats"), 1.959964 * np.sqrt(spread / 2), rtol=1e-2)
+    assert half_width(found, "").max() == 0.0
+    other = Fitted(fitted.model, fitted.users.replace(population=fitted.users.population | {
+        "preference": fitted.users.population["preference"] + jnp.asarray([0.2, 0.2, 0.2])}), fitted.rows)  # fmt: skip
+    shared = preference_variance([fitted, other], x, 2)
+    assert shared["population"] == pytest.approx((1.5 * 0.2) ** 2 / 4, rel=1e-3)
+    fitted.notes["preference_variance"] = shared
+    again = attribute_weights(fitted, x, fitted.rows, ("cats", "dogs"), NAMES)
+    np.testing.assert_allclose(half_width(again, ""), 1.959964 * 0.15, rtol=1e-3)
+
+
+def test_a_user_has_a_profile_as_wide_as_what_is_known():
+    fitted, x = fitted_and_items()
+    fitted.users = fitted.users.replace(user_root=jnp.full(7, 0.5))
+    prior = UserPosterior(neutral(fitted.model), Covariance(fitted.users.user_root, jnp.zeros((0, 7))))
+    judged = take(fitted.rows, np.flatnonzero(fitted.rows.user == 2))
+    known = adapt_units(fitted.model, fitted.users, x, judged, np.zeros(len(judged.target), int))[0]
+    found = user_weights(fitted, x, {"ana": (0, known), "new": (0, prior), "far": (-1, prior)}, ("cats", "dogs"), NAMES)
+    assert dict(found.schema) == SCHEMA
+    assert found.height == 3 * 3 * 2
+    width = {
+        name: (part["ci_high"] - part["ci_low"]).mean()
+        for (name,), part in found.filter(kind="preference").group_by("user")
+    }
+    assert width["ana"] < width["new"]
+    whole = attribute_weights(fitted, x, fitted.rows, ("cats", "dogs"), NAMES)
+    far = found.filter(pl.col("user") == "far", pl.col("kind") == "preference")
+    np.testing.assert_allclose(far["mean"], of(whole, "", "preference"), rtol=1e-5)
+    assert found.filter(pl.col("user") == "ana", pl.col("kind") == "attention")["mean"].sum() == pytest.approx(1.0)
 
 
 def test_attention_is_the_mean_over_responses_and_sums_to_one():
@@ -95,8 +181,29 @@ def test_ablation_is_the_rise_in_nats_when_the_attribute_is_masked():
     np.testing.assert_allclose(of(found, "", "ablation"), expected, atol=2e-5)
 
 
+def test_shapley_values_share_out_what_all_attributes_save():
+    fitted, x = fitted_and_items()
+    found = attribute_weights(fitted, x, fitted.rows, ("cats", "dogs"), NAMES)
+
+    def nats(present):
+        mask = jnp.broadcast_to(jnp.asarray([i in present for i in range(3)]), (6, 3))
+        one = x.replace(attribute_mask=mask)
+        lost = []
+        for a, b, t in zip(fitted.rows.first, fitted.rows.second, fitted.rows.target, strict=True):
+            logit = 1.5 * float(fitted.model.log_odds(fitted.users.population, pick(one, int(a)), pick(one, int(b))))
+            lost.append(np.logaddexp(0, -logit) if t else np.logaddexp(0, logit))
+        return np.mean(lost)
+
+    expected = np.zeros(3)
+    for order in permutations(range(3)):
+        for place, at in enumerate(order):
+            expected[at] += (nats(order[:place]) - nats(order[: place + 1])) / 6
+    np.testing.assert_allclose(of(found, "", "shapley"), expected, atol=2e-5)
+    assert of(found, "", "shapley").sum() == pytest.approx(nats(()) - nats((0, 1, 2)), abs=2e-5)
+
+
 def test_seeds_are_averaged_and_widen_the_interval():
-    base = {"community": "cats", "attribute": "wit", "kind": "preference", "n": 10}
+    base = {"community": "cats", "user": None, "attribute": "wit", "kind": "preference", "n": 10}
     rows_of = [
         base | {"mean": m, "ci_low": m - 1.959964, "ci_high": m + 1.959964, "seed": s} for s, m in enumerate((0.0, 2.0))
     ]

@@ -23,8 +23,7 @@ from pluralprefs.types import Item
 class Features:
     """Feature maps of one run.
 
-    `length_mean` and `length_scale` standardise log(1 + characters) of the text; `directions` and `centre` replace the
-    embedding by its principal components, at unit root mean square norm.
+    `length_mean` and `length_scale` standardise log(1 + characters) of the text.
     """
 
     length_mean: Float[Array, ""] | None
@@ -32,8 +31,6 @@ class Features:
     anchors: Float[Array, "anchors dim"] | None
     whiten: Float[Array, "anchors anchors"] | None
     width: Float[Array, ""] | None
-    directions: Float[Array, "dim components"] | None = None
-    centre: Float[Array, " dim"] | None = None
 
     @classmethod
     def fit(
@@ -44,21 +41,12 @@ class Features:
         log_length: bool = True,
         anchors: int = 0,
         width: float = 1.0,
-        components: int = 0,
     ) -> Self:
         """Fit on training items: `length` in characters, `width` in units of the median distance between items.
 
-        With `components`, the embedding's leading principal components stand in its place. Anchors are chosen by
-        farthest-point sampling, which is deterministic and spreads over the data.
+        Anchors are chosen by farthest-point sampling, which is deterministic and spreads over the data.
         """
-        mean = scale = points = whiten = spread = directions = centre = None
-        if components:
-            x = np.asarray(embedding, np.float64)
-            centre = x.mean(0)
-            vectors = np.linalg.svd(x - centre, full_matrices=False)[2][:components].T
-            norm = np.sqrt((((x - centre) @ vectors) ** 2).sum(1).mean()) or 1.0
-            directions, centre = jnp.asarray(vectors / norm, jnp.float32), jnp.asarray(centre, jnp.float32)
-            embedding = _project(np.asarray(embedding, np.float32), directions, centre)
+        mean = scale = points = whiten = spread = None
         if log_length:
             logs = np.log1p(np.asarray(length, np.float64))
             mean, scale = jnp.float32(logs.mean()), jnp.float32(logs.std() or 1.0)
@@ -69,13 +57,13 @@ class Features:
             values, vectors = np.linalg.eigh(_rbf(points, points, spread))
             whiten = jnp.asarray((vectors / np.sqrt(np.maximum(values, 1e-6))) @ vectors.T, jnp.float32)
             points, spread = jnp.asarray(points, jnp.float32), jnp.float32(spread)
-        return cls(mean, scale, points, whiten, spread, directions, centre)
+        return cls(mean, scale, points, whiten, spread)
 
     def __call__(
         self, embedding: Float[np.ndarray, "items dim"], length: Float[np.ndarray, " items"]
     ) -> Float[np.ndarray, "items columns"]:
         """Append the fitted columns, [items, dim + ...]; works through the items in blocks."""
-        columns = [_project(np.asarray(embedding, np.float32), self.directions, self.centre)]
+        columns = [np.asarray(embedding, np.float32)]
         if self.length_mean is not None and self.length_scale is not None:
             # 0.3: an embedding of unit norm should not be drowned by one column
             z = (np.log1p(np.asarray(length, np.float32)) - float(self.length_mean)) / float(self.length_scale)
@@ -87,7 +75,6 @@ class Features:
 
     def parts(self, dim: int) -> dict[str, int]:
         """Names and sizes of the columns of the result, for an embedding of `dim` columns."""
-        dim = dim if self.directions is None else self.directions.shape[1]
         sizes = {"linear": dim + (self.length_mean is not None)}
         return sizes | ({} if self.anchors is None else {"kernel": len(self.anchors)})
 
@@ -95,10 +82,6 @@ class Features:
 def append(items: Item, features: Features | None, length: Float[np.ndarray, " items"]) -> Item:
     """Items with the feature columns appended to their embedding; unchanged where there are none."""
     return items if features is None else items.replace(embedding=features(np.asarray(items.embedding), length))
-
-
-def _project(x: np.ndarray, directions: Any, centre: Any) -> np.ndarray:
-    return x if directions is None else (x - np.asarray(centre)) @ np.asarray(directions)
 
 
 @jax.jit

@@ -5,7 +5,7 @@ held-out part, so that a model can be tested on wordings it never saw. `corpus` 
 attributes compare such texts: the corpus of `make demo`.
 """
 
-from pluralprefs.data.lexicon.corpus import corpus, corpus_world
+from pluralprefs.data.lexicon.corpus import corpus, corpus_world, palette, palette_world
 from pluralprefs.data.lexicon.express import BaseAnswer, attributes, base_answers, express
 
-__all__ = ["BaseAnswer", "attributes", "base_answers", "corpus", "corpus_world", "express"]
+__all__ = ["BaseAnswer", "attributes", "base_answers", "corpus", "corpus_world", "express", "palette", "palette_world"]

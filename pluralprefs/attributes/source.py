@@ -1,0 +1,95 @@
+"""Where a run's attributes come from: predictors that read each response, or a store of what they said before.
+
+A source gives `Item.attributes` and its mask by name (`names`, `attributes(items)`); `encoders.attributes` is the
+third kind, columns of the data. `Predicted` scores any text, so a run that was trained on it can be asked about new
+ones; `Stored` looks responses up by id, for data too large to encode twice, and masks those that it lacks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+from jaxtyping import Bool, Float
+
+from pluralprefs.attributes.fitting import embedder
+from pluralprefs.attributes.predictors import AttributePredictors
+from pluralprefs.attributes.store import AttributeStore
+from pluralprefs.data.files import DataError
+from pluralprefs.encoders.attributes import AttributeEncoder
+from pluralprefs.encoders.tokens import plain
+
+PREDICTORS = "predictors.safetensors"
+COLUMNS = "attributes.json"
+Found = tuple[Float[np.ndarray, "items attributes width"], Bool[np.ndarray, "items attributes"]]
+
+
+@dataclass(frozen=True, eq=False)
+class Predicted:
+    """Attributes of responses by predictors; a response without text has none."""
+
+    predictors: AttributePredictors
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The attributes, in the order of the columns."""
+        return self.predictors.names
+
+    def attributes(self, items: pl.DataFrame) -> Found:
+        """Embeddings of the items' texts, calibrated scores first, and which are at hand."""
+        there = items["text"].is_not_null().to_numpy()
+        texts = [plain(text) for text in items["text"].drop_nulls().to_list()]
+        values = np.zeros((items.height, len(self.names), self.predictors.width), np.float32)
+        if texts:
+            values[there] = self.predictors.embeddings(embedder(self.predictors.encoder)(texts))
+        return values, np.broadcast_to(there[:, None], values.shape[:2]).copy()
+
+    def save(self, folder: Path) -> None:
+        """Write the predictors into a run folder, where `restore` finds them."""
+        self.predictors.save(folder / PREDICTORS)
+
+
+@dataclass(frozen=True, eq=False)
+class Stored:
+    """Attributes of responses by item key ("prompt_id/item_id") from a store that stays where it is."""
+
+    store: AttributeStore
+    names: tuple[str, ...]
+
+    def attributes(self, items: pl.DataFrame) -> Found:
+        """Embeddings that the store has of the items, and which those are. DataError where it has none of them."""
+        found = self.store.lookup(items["item_key"].to_list(), self.names)
+        if items.height and not found.mask.any():
+            raise DataError(
+                f"{self.store.folder}: holds none of these {items.height} responses, the first of which is "
+                f"{items['item_key'][0]!r}; embed them with `pluralprefs attributes embed`"
+            )
+        return found.embedding, found.mask
+
+    def save(self, folder: Path) -> None:
+        """Keep nothing: the experiment names the store, which may be larger than the run."""
+
+
+def predicted(folder: str | Path, names: Sequence[str] | None = None) -> Predicted:
+    """Load the predictors that `pluralprefs attributes train` left in a folder; some of them, by `names`."""
+    found = AttributePredictors.load(Path(folder) / PREDICTORS)
+    return Predicted(found if names is None else found.select(names))
+
+
+def stored(folder: str | Path, names: Sequence[str] | None = None) -> Stored:
+    """Open the store that `pluralprefs attributes embed` left in a folder (`<folder>/store`)."""
+    store = AttributeStore.open(Path(folder) / "store")
+    missing = sorted(set(names or ()) - set(store.names))
+    if missing:
+        raise DataError(f"{store.folder}: has no attribute {missing[0]!r}, but {', '.join(store.names)}")
+    return Stored(store, store.names if names is None else tuple(names))
+
+
+def restore(folder: Path) -> Predicted | AttributeEncoder | None:
+    """Read the source that a run saved in its folder; None where it saved none."""
+    if (folder / COLUMNS).is_file():
+        return AttributeEncoder.restore(folder / COLUMNS)
+    return predicted(folder) if (folder / PREDICTORS).is_file() else None

@@ -1,0 +1,150 @@
+"""Attributes of a run from predictors that read the texts, or from a store, end to end and by name."""
+
+import numpy as np
+import polars as pl
+import pytest
+from test_attributes_cli import letters
+from typer.testing import CliRunner
+
+import pluralprefs as pp
+from pluralprefs.attributes import fitting, source
+from pluralprefs.attributes.predictors import AttributePredictors
+from pluralprefs.attributes.store import write_store
+from pluralprefs.cli import app
+from pluralprefs.data import batches, comparisons
+from pluralprefs.data.files import DataError
+from pluralprefs.data.lexicon import attributes, palette, palette_world
+from pluralprefs.run import load
+
+NAMES = ("length", "vowels")
+
+
+def known_predictors():
+    """Two attributes of letter counts: length of the text, and how often it says a, e, i, o or u."""
+    weight = np.zeros((2, 27), np.float32)
+    weight[0, 26] = 1.0
+    weight[1, [0, 4, 8, 14, 20]] = 1.0
+    return AttributePredictors(
+        NAMES, "toy", np.zeros(27, np.float32), 1.0, weight, np.ones(2, np.float32), np.zeros(2, np.float32),
+        np.zeros((2, 27, 1), np.float32), np.zeros((2, 1), np.float32),
+    )  # fmt: skip
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """A folder as `attributes train` and `embed` leave it, and the toy encoder wherever one is loaded."""
+    for module in (fitting, source):
+        monkeypatch.setattr(module, "embedder", lambda name: letters)
+    known_predictors().save(tmp_path / source.PREDICTORS)
+    return tmp_path
+
+
+def table():
+    rows = {"prompt": "p", "first": ["aa", "bcd", "eee"], "second": ["b", "aeiou", None], "user_id": "u", "target": 1.0}
+    return comparisons.from_trl(pl.DataFrame(rows).with_columns(pl.col("second").fill_null("")))
+
+
+def test_predicted_attributes_are_the_predictors_of_each_text(folder):
+    items = batches.item_table(table())
+    found = source.predicted(folder)
+    values, mask = found.attributes(items)
+    assert values.shape == (items.height, 2, 2)
+    assert mask.all()
+    text = items["text"].to_list()
+    np.testing.assert_allclose(values[:, 0, 0], [len(one) / 100 for one in text], rtol=1e-6)
+    np.testing.assert_allclose(values[:, 1, 0], [sum(one.count(v) for v in "aeiou") / 10 for one in text], rtol=1e-6)
+    swapped, _ = source.predicted(folder, names=["vowels", "length"]).attributes(items)
+    np.testing.assert_array_equal(swapped, values[:, ::-1])
+
+
+def test_a_response_without_text_has_no_attributes(folder):
+    items = batches.item_table(table()).with_columns(
+        text=pl.when(pl.col("text") == "aa").then(None).otherwise(pl.col("text"))
+    )
+    values, mask = source.predicted(folder).attributes(items)
+    none = items["text"].is_null().to_numpy()
+    assert none.sum() == 1
+    assert (~mask[none]).all()
+    assert mask[~none].all()
+    assert (values[none] == 0).all()
+
+
+def test_stored_attributes_are_found_by_key_and_masked_where_missing(folder):
+    items = batches.item_table(table())
+    some = items.head(3)
+    write_store(folder / "store", some["item_key"].to_list(), letters(some["text"].to_list()), known_predictors())
+    values, mask = source.stored(folder).attributes(items)
+    live, _ = source.predicted(folder).attributes(items)
+    there = items["item_key"].is_in(some["item_key"].implode()).to_numpy()
+    np.testing.assert_allclose(values[there], live[there], rtol=2**-7)
+    assert mask[there].all()
+    assert not mask[~there].any()
+    with pytest.raises(DataError, match="no attribute 'warmth'"):
+        source.stored(folder, names=["warmth"])
+    with pytest.raises(DataError, match="holds none of these"):
+        source.stored(folder).attributes(items.with_columns(item_key=pl.lit("x/") + pl.col("item_key")))
+
+
+def judgements(count=240):
+    """Two communities that disagree about vowels; the columns that stand for an encoder say nothing."""
+    draw = np.random.default_rng(0)
+    words = ["tea", "nth", "queue", "rhythm", "area", "shh", "audio", "myth"]
+    noise = {text: draw.normal() for text in words}
+    rows = []
+    for n in range(count):
+        first, second = draw.choice(words, 2, replace=False)
+        more = sum(first.count(v) - second.count(v) for v in "aeiou")
+        group = "yes" if n % 2 else "no"
+        target = float((more > 0) == (group == "yes"))
+        rows.append((f"p{n % 4}", str(first), str(second), target, f"u{n % 6}", group, noise[first], noise[second]))
+    columns = ["prompt", "first", "second", "target", "user_id", "community_id", "attr:x:first", "attr:x:second"]
+    return pl.DataFrame(rows, schema=columns, orient="row")
+
+
+def test_a_run_keeps_its_predictors_scores_new_texts_and_profiles_users(folder):
+    data = folder / "data.parquet"
+    judgements().write_parquet(data)
+    few = ["epochs=5", "shots=[0,4]", "draws=1", "users.rounds=2", "users.cross_fit=null", "controls=false"]
+    run = pp.fit(data, model="attribute_attention", encoder="attributes", attributes=folder, root=folder / "runs",
+                 overrides=few, progress=False)  # fmt: skip
+    assert (run.folder.path / source.PREDICTORS).is_file()
+    assert run.attributes.names == NAMES
+    (folder / source.PREDICTORS).unlink()  # a run does not need the folder that it was fitted from
+    again = load(run.folder.path)
+    rows = {"prompt": ["p0"] * 2, "first": ["aeiou", "shh shh"], "second": ["nth", "oui oui"], "user_id": "z",
+            "community_id": ["yes", "no"], "attr:x:first": 0.0, "attr:x:second": 0.0, "target": 1.0}  # fmt: skip
+    new = comparisons.from_trl(pl.DataFrame(rows))
+    scores = [one.score(new)["log_odds"] for one in (run, again)]
+    np.testing.assert_allclose(scores[0], scores[1], rtol=1e-5)
+    assert (scores[0] > 0).all()  # "yes" likes vowels, "no" does not
+    profile = again.profile()
+    assert set(profile["kind"]) == {"preference", "attention"}
+    assert profile["user"].n_unique() == len(set(np.asarray(again.rows.user)))
+    assert again.profile(again.adapt(new), community="yes")["community"].unique().to_list() == ["yes"]
+    done = CliRunner().invoke(app, ["profile", str(run.folder.path), "--user", "u1"])
+    assert done.exit_code == 0, done.output
+    assert "vowels" in done.output
+    done = CliRunner().invoke(app, ["profile", str(run.folder.path), "--user", "nobody"])
+    assert done.exit_code == 2
+    assert "--user nobody" in done.stderr
+
+
+def test_attributes_are_refused_where_nothing_reads_them(folder):
+    with pytest.raises(ValueError, match="attribute_attention does"):
+        pp.fit(table(), model="bradley_terry", encoder="attributes", attributes=folder, root=folder)
+
+
+def test_the_palette_world_shows_texts_alone_and_knows_its_weights():
+    world = palette_world(communities=3, users_per_community=4, comparisons_per_user=10, seed=1)
+    assert world.truth["community"].shape == (3, len(attributes()))
+    assert world.table.height == 120
+    by_user = world.table.group_by("user_id").agg(pl.col("community_id").n_unique())
+    assert (by_user["community_id"] == 1).all()
+    shown = palette(communities=3, users_per_community=4, comparisons_per_user=10, seed=1)
+    assert not [name for name in shown.columns if name.startswith("attr:")]
+    assert shown["first"].to_list() == world.table["first"].to_list()
+    levels = np.stack([world.table[f"attr:{name}:first"] - world.table[f"attr:{name}:second"] for name in attributes()])
+    place = [world.community_ids.index(name) for name in world.table["community_id"]]
+    user = [world.user_ids.index(name) for name in world.table["user_id"]]
+    weights = world.truth["community"][place] + world.truth["user"][user]
+    np.testing.assert_allclose((levels.T * weights).sum(1), world.table["true_log_odds"], atol=1e-9)
