@@ -12,7 +12,7 @@ PYTHON ?= $(shell for p in python3 python3.12 python3.11 python3.13 python3.14; 
 export JAX_PLATFORMS ?= cpu
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-fast lint format types notebooks bench check
+.PHONY: help demo palette test test-slow test-fast lint format types notebooks bench check
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1|/p' $(MAKEFILE_LIST) | while IFS='|' read -r name text; do \
@@ -22,6 +22,9 @@ demo:  ## install what is needed and show the whole path on a small corpus (6 mi
 	@begin=$$(date +%s) && $(MAKE) --no-print-directory $(VENV)/.ready-demo && ready=$$(date +%s) && \
 	$(BIN)/python experiments/demo.py && \
 	echo "Seconds: $$((ready - begin)) installing, $$(($$(date +%s) - ready)) running."
+
+palette: $(VENV)/.ready-demo  ## from texts to community profiles beside the truth, offline, with nothing given
+	@$(BIN)/python experiments/palette.py
 
 test: lint types notebooks  ## everything that CI checks: style, types, notebooks, doctests, tests (TORCH=1: with PyTorch)
 ifeq ($(TORCH),1)

@@ -118,13 +118,13 @@ def rewrite(
     chosen = known.choose(attributes.split(","), whole) if attributes else whole
     responses = with_folds(_responses(data, per_community, seed))
     asking = Asking(teacher, model, price, max_cost, concurrency, rate)
-    with asking.open("train", seed) as first, asking.open("heldout", seed) as other:
-        heldout = other if teacher == "lexicon" else None
+    with asking.open("fit", seed) as first:
+        others = _phrases_apart(seed) if teacher == "lexicon" else None
         if dry_run:
             tasks = rewrite_tasks(responses, chosen)
-            _estimate(tasks, teachers(responses, len(chosen) * known.LEVELS, first, heldout), folder, asking)
+            _estimate(tasks, teachers(responses, len(chosen) * known.LEVELS, first, others), folder, asking)
             return
-        table = rewrites(responses, chosen, first, heldout_teacher=heldout, tell=say, **_made(folder, asking))
+        table = rewrites(responses, chosen, first, others=others, tell=say, **_made(folder, asking))
     _write(folder, responses=responses, rewrites=table)
     _write_attributes(folder, chosen)
     _show(table.group_by("attribute").len("rewrites").sort("attribute"), "Rewrites")
@@ -212,8 +212,11 @@ def train(
     rows = accuracy(found, table, embed)
     found.save(folder / "predictors.safetensors")
     _write(folder, accuracy=rows)
-    far = rows.filter((pl.col("gap") == -2) & ~pl.col("split").is_in(["train", "validation"]))
-    _show(far.drop("gap"), "Accuracy on held-out pairs two or more levels apart")
+    tested = rows.filter(~pl.col("split").is_in(["train", "validation"]))
+    far = tested.filter(pl.col("gap") == -2)
+    _show(_by_split(far, "attribute"), "Accuracy on held-out pairs two or more levels apart [95 %]")
+    gaps = tested.filter(pl.col("attribute").is_null() & (pl.col("gap") > 0)).sort("gap")
+    _show(_by_split(gaps, "gap"), "All attributes, by levels apart")
     say(f"{len(found.names)} predictors written to {folder / 'predictors.safetensors'}; every gap in accuracy.parquet")
 
 
@@ -233,12 +236,22 @@ def embed(
 
     found = AttributePredictors.load(folder / "predictors.safetensors")
     responses = _all_responses(data) if data else _read(folder, "responses", "rewrite")
-    features = embedder(found.encoder)(responses["text"].to_list())
+    features = found.read(responses["text"].to_list(), embedder(found.encoder))
     write_store(folder / "store", responses["response_id"].to_list(), features, found)
     scores = pl.DataFrame(found.scores(features), schema=list(found.names))
     spread = [(name, scores[name].mean(), scores[name].std()) for name in found.names]
     _show(pl.DataFrame(spread, schema=["attribute", "mean", "deviation"], orient="row"), "Scores, -1 (low) to 1 (high)")
     say(f"{responses.height} responses by {len(found.names)} attributes written to {folder / 'store'}")
+
+
+def _phrases_apart(seed: int) -> Mapping[str, Teacher]:
+    """Teachers of the folds that the lexicon answers in phrases of their own."""
+    from pluralprefs.attributes.folds import HELDOUT, VALIDATION
+    from pluralprefs.attributes.lexicon_teacher import LexiconTeacher
+
+    return {VALIDATION: LexiconTeacher("validation", seed)} | {
+        fold: LexiconTeacher("heldout", seed) for fold in HELDOUT
+    }
 
 
 def _responses(data: Path | None, per_community: int, seed: int) -> pl.DataFrame:
@@ -332,6 +345,18 @@ def _show(table: pl.DataFrame, title: str) -> None:
     for row in table.iter_rows(named=True):
         shown.add_row(*(_cell(name, value) for name, value in row.items()))
     Console().print(shown)
+
+
+def _by_split(rows: pl.DataFrame, line: str) -> pl.DataFrame:
+    """Accuracy with its interval, one column a split."""
+    import polars as pl
+
+    found: dict[Any, dict[str, Any]] = {}
+    splits = rows["split"].unique(maintain_order=True).to_list()
+    for row in rows.iter_rows(named=True):
+        cells = found.setdefault(row[line], {line: row[line], **dict.fromkeys(splits, "–")})
+        cells[row["split"]] = f"{row['accuracy']:.3f} [{row['ci_low']:.3f}, {row['ci_high']:.3f}]"
+    return pl.DataFrame(list(found.values()), schema_overrides={line: rows.schema[line]})
 
 
 def _cell(name: str, value: object) -> str:

@@ -15,7 +15,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -414,8 +414,7 @@ def _load_maps(where: Path) -> Features | None:
     if not (where / "features.safetensors").exists():
         return None
     arrays, _ = load_arrays(where / "features.safetensors")
-    names = [field.name for field in fields(Features)]
-    return Features(**{name: jnp.asarray(arrays[name]) if name in arrays else None for name in names})
+    return Features.restore(arrays)
 
 
 def _encoder(experiment: Experiment, where: Path) -> Any:

@@ -62,7 +62,11 @@ def said():
     """Four answers and their rewrites."""
     responses = answers()
     return responses, rewrites(
-        responses, ATTRIBUTES, LexiconTeacher("train"), heldout_teacher=LexiconTeacher("heldout"), progress=False
+        responses,
+        ATTRIBUTES,
+        LexiconTeacher("train"),
+        others={fold: LexiconTeacher("heldout") for fold in HELDOUT},
+        progress=False,
     )
 
 

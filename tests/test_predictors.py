@@ -13,6 +13,7 @@ from pluralprefs.attributes.accuracy import accuracy, wilson
 from pluralprefs.attributes.fitting import fit_predictors
 from pluralprefs.attributes.heads import Rows, fit_heads
 from pluralprefs.attributes.predictors import AttributePredictors
+from pluralprefs.attributes.sentences import kernel, read, sentences
 from pluralprefs.attributes.store import AttributeStore, write_store
 from pluralprefs.data.files import DataError
 
@@ -56,7 +57,7 @@ def table(responses=16):
 @pytest.fixture(scope="module")
 def fitted():
     pairs = table()
-    return pairs, fit_predictors(pairs, encode, encoder="toy")
+    return pairs, fit_predictors(pairs, encode, encoder="toy", widths=())
 
 
 def every_text(pairs):
@@ -118,8 +119,10 @@ def test_scores_are_in_units_of_levels(fitted):
 def test_permuting_the_names_permutes_the_outputs(fitted, hidden):
     pairs, _ = fitted
     order = [2, 0, 1]
-    plain = fit_predictors(pairs, encode, hidden=hidden, strengths=(1e-2,), seed=3)
-    other = fit_predictors(pairs, encode, names=[NAMES[i] for i in order], hidden=hidden, strengths=(1e-2,), seed=3)
+    plain = fit_predictors(pairs, encode, widths=(), hidden=hidden, strengths=(1e-2,), seed=3)
+    other = fit_predictors(
+        pairs, encode, names=[NAMES[i] for i in order], widths=(), hidden=hidden, strengths=(1e-2,), seed=3
+    )
     features = encode(every_text(pairs)[:9])
     np.testing.assert_allclose(other.scores(features), plain.scores(features)[:, order], atol=2e-3)
     chosen = plain.select([NAMES[i] for i in order])
@@ -130,7 +133,7 @@ def test_permuting_the_names_permutes_the_outputs(fitted, hidden):
 @pytest.mark.parametrize("hidden", [(), (5,)])
 def test_save_and_load_keep_every_bit(fitted, tmp_path, hidden):
     pairs, _ = fitted
-    predictors = fit_predictors(pairs, encode, encoder="toy", hidden=hidden, strengths=(1e-2,))
+    predictors = fit_predictors(pairs, encode, encoder="toy", widths=(), hidden=hidden, strengths=(1e-2,))
     predictors.save(tmp_path / "predictors.safetensors")
     loaded = AttributePredictors.load(tmp_path / "predictors.safetensors")
     for field in fields(AttributePredictors):
@@ -150,13 +153,71 @@ def test_an_embedding_begins_with_the_score_and_adds_what_the_score_lacks(fitted
     assert predictors.embeddings(features[:0]).shape == (0, 3, 8)
 
 
+def test_a_head_learns_to_leave_what_other_attributes_say_alone():
+    """Texts that express two attributes: scores follow their own attribute, and much less the other."""
+    pairs = table()
+    predictors = fit_predictors(pairs, encode, widths=())
+    for column, name in enumerate(NAMES):
+        other = NAMES[(column + 1) % 3]
+        own = predictors.scores(encode([f"new{r}|{name}|{level}" for r in range(8) for level in (0, 4)]))[:, column]
+        rest = predictors.scores(encode([f"new{r}|{other}|{level}" for r in range(8) for level in (0, 4)]))[:, column]
+        moved, leaked = (own[1::2] - own[::2]).mean(), np.abs((rest[1::2] - rest[::2]).mean())
+        assert moved > 1.2
+        assert leaked < 0.1 * moved
+
+
+def words(sentences):
+    """A toy encoder of sentences: a direction for each known word, none for the rest."""
+    known = {"fine": 1.0, "awful": -1.0, "rain": 0.0}
+    rows = []
+    for sentence in sentences:
+        row = np.zeros(4)
+        for word, value in known.items():
+            row[:2] += (word in sentence) * np.array([value, 1.0])
+        row[2] = "rain" in sentence
+        row[3] = 1.0
+        rows.append(row / np.linalg.norm(row))
+    return np.asarray(rows, np.float32).reshape(len(sentences), 4)
+
+
+def test_a_text_is_read_as_the_mean_over_its_sentences_and_its_length():
+    texts = ["It is fine. Rain fell.", "It is awful.", "Rain fell.\nRain fell. It is fine."]
+    maps = kernel(texts, words, 0.5)
+    found = read(texts, words, maps)
+    for row, text in zip(found, texts, strict=True):
+        parts = sentences(text)
+        each = maps(words(parts), np.zeros(len(parts)))
+        np.testing.assert_allclose(row[:-1], each.mean(0), rtol=1e-5, atol=1e-6)
+        assert row[-1] == pytest.approx(0.3 * np.log(1 + len(text)))
+    assert read([], words, maps).shape == (0, found.shape[1])
+
+
+def test_kernel_predictors_are_chosen_saved_and_read_back(tmp_path):
+    said = {0: "All is awful.", 1: "It is awful, rain.", 2: "Rain fell.", 3: "It is fine, rain.", 4: "All is fine."}
+    rows = [
+        (f"r{r}", "mood", low, high, f"Answer {r}. {said[low]}", f"Answer {r}. {said[high]}", high - low,
+         "validation" if r % 3 == 0 else "train")
+        for r in range(9) for low in range(5) for high in range(low + 1, 5)
+    ]  # fmt: skip
+    columns = ["response_id", "attribute", "low", "high", "low_text", "high_text", "gap", "split"]
+    pairs = pl.DataFrame(rows, schema=columns, orient="row")
+    predictors = fit_predictors(pairs, words, encoder="toy", widths=(0.3, 1.0), strengths=(1e-3, 1e-2))
+    assert accuracy(predictors, pairs, words).filter(gap=4)["accuracy"].min() == 1.0
+    predictors.save(tmp_path / "p.safetensors")
+    loaded = AttributePredictors.load(tmp_path / "p.safetensors")
+    texts = [f"New. {one}" for one in said.values()]
+    score, again = (one.scores(one.read(texts, words))[:, 0] for one in (predictors, loaded))
+    np.testing.assert_array_equal(score, again)
+    assert (np.diff(score) > 0).all()
+
+
 def test_wrong_names_features_and_files_are_refused_in_one_line(fitted, tmp_path):
     pairs, predictors = fitted
     for wrong, message in (
         (lambda: predictors.select(["wit"]), "'wit': no predictor"),
         (lambda: predictors.scores(np.zeros((2, 3), np.float32)), "embedding of 3 columns"),
         (lambda: fit_predictors(pairs, encode, names=["wit"]), "no training pair"),
-        (lambda: fit_predictors(pairs, encode, hidden=(4, 4)), "one hidden layer"),
+        (lambda: fit_predictors(pairs, encode, widths=(), hidden=(4, 4)), "one hidden layer"),
         (lambda: AttributePredictors.load(tmp_path / "none"), "attributes train"),
         (lambda: AttributeStore.open(tmp_path), "attributes embed"),
     ):

@@ -7,9 +7,9 @@ from math import sqrt
 import numpy as np
 import polars as pl
 
-from pluralprefs.attributes.fitting import Embed
 from pluralprefs.attributes.pairs import SPLITS
 from pluralprefs.attributes.predictors import AttributePredictors
+from pluralprefs.attributes.sentences import Embed
 
 Z = 1.959964  # of a 95 % interval
 
@@ -40,7 +40,7 @@ def accuracy(predictors: AttributePredictors, pairs: pl.DataFrame, embed: Embed)
 def _judged(predictors: AttributePredictors, pairs: pl.DataFrame, embed: Embed) -> pl.DataFrame:
     """The pairs with a column `right`: 1, 0, or one half where the scores are equal."""
     texts = sorted({*pairs["low_text"], *pairs["high_text"]})
-    scores = predictors.scores(np.asarray(embed(texts)))
+    scores = predictors.scores(predictors.read(texts, embed))
     place = {text: row for row, text in enumerate(texts)}
     column = {name: position for position, name in enumerate(predictors.names)}
     attribute = np.array([column[name] for name in pairs["attribute"]], np.int64)

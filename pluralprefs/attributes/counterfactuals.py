@@ -1,8 +1,8 @@
 """Counterfactuals: what a response would read like at each level of each attribute (arXiv 2507.13541, section 3).
 
-A teacher rewrites every response at five levels of every attribute. Held-out responses may have a teacher of their
-own, whose wordings the training rewrites lack (the lexicon keeps some phrases for that). All answers come through
-`asking.ask_all` and its cache, so that a pass that was killed goes on where it stopped.
+A teacher rewrites every response at five levels of every attribute. Folds of responses may have a teacher of their own,
+whose wordings the training rewrites lack (the lexicon keeps some phrases for validation and for held-out responses).
+All answers come through `asking.ask_all` and its cache, so that a pass that was killed goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ import polars as pl
 
 from pluralprefs.attributes.asking import Price, ask_all, cost, summary
 from pluralprefs.attributes.catalog import LEVELS, Attribute
-from pluralprefs.attributes.folds import HELDOUT
 from pluralprefs.attributes.teacher import NOTHING, Answer, Rewrite, Task, Teacher
 from pluralprefs.data.ids import stable_hash
 
@@ -65,19 +64,19 @@ def rewrites(
     attributes: Mapping[str, Attribute],
     teacher: Teacher,
     *,
-    heldout_teacher: Teacher | None = None,
+    others: Mapping[str, Teacher] | None = None,
     cache: Path | None = None,
     tell: Callable[[str], None] | None = None,
     **asking: Any,
 ) -> pl.DataFrame:
     """Rewrite every response at five levels of every attribute: response_id, prompt, attribute, level, text.
 
-    responses: response_id, prompt, text and, where there is a `heldout_teacher`, `fold` (`folds.with_folds`): held-out
-    responses and communities are asked of that teacher. Rewrites that failed are left out; `tell` hears how many, and
+    responses: response_id, prompt, text and, where there are `others`, `fold` (`folds.with_folds`): responses of a fold
+    that `others` names are asked of that teacher. Rewrites that failed are left out; `tell` hears how many, and
     why the first. `asking` goes to `ask_all` (concurrency, max_cost, price, ...). Raises TeacherError.
     """
     tasks = rewrite_tasks(responses, attributes)
-    each = teachers(responses, len(attributes) * LEVELS, teacher, heldout_teacher)
+    each = teachers(responses, len(attributes) * LEVELS, teacher, others)
     answers = ask_each(tasks, each, cache=cache, **asking)
     if tell:
         tell(f"rewrites: {summary(answers)}")
@@ -101,14 +100,14 @@ def rewrite_tasks(responses: pl.DataFrame, attributes: Mapping[str, Attribute]) 
 
 
 def teachers(
-    responses: pl.DataFrame, each: int, teacher: Teacher, heldout_teacher: Teacher | None = None
+    responses: pl.DataFrame, each: int, teacher: Teacher, others: Mapping[str, Teacher] | None = None
 ) -> list[Teacher]:
-    """Return the teacher of every task, `each` tasks a response; held-out responses may have their own."""
-    if heldout_teacher is None:
+    """Return the teacher of every task, `each` tasks a response; a fold may have its own."""
+    if not others:
         return [teacher] * (responses.height * each)
     if "fold" not in responses.columns:
         raise ValueError("responses: column 'fold' is missing, so nobody is held out; add it with folds.with_folds")
-    return [heldout_teacher if fold in HELDOUT else teacher for fold in responses["fold"] for _ in range(each)]
+    return [others.get(fold, teacher) for fold in responses["fold"] for _ in range(each)]
 
 
 def ask_each(

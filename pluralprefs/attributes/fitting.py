@@ -1,13 +1,22 @@
-"""From ordered pairs to attribute predictors: choose the strength of L2, fit the heads, calibrate, find directions.
+"""From ordered pairs to attribute predictors: choose kernel and strength of L2, fit heads, calibrate, find directions.
 
-The strength is chosen for each attribute by accuracy on the validation slice of the training responses (scores are
-calibrated afterwards, so their order alone matters); the heads are then fitted anew on all training pairs. Held-out
-splits are used by `accuracy` alone.
+Beside the ordered pairs of one response's rewrites a head learns from two kinds of pairs that counterfactuals imply:
+
+across   rewrites of different responses: the higher level is higher whatever was rewritten; equal levels are equal
+at rest  rewrites at levels of OTHER attributes: they were asked to leave this one alone, so they stand equal on it
+
+Without them a head orders the rewrites of one response, yet answers to what other attributes say and to the topic: on
+texts that express several attributes at once its scores hardly followed the levels (LOG.md).
+
+Kernel width and the strength of L2 (of each attribute) are those with the fewest nats on such pairs of the validation
+slice, whose rewrites have phrases of their own where the teacher has such; the heads are then fitted anew on all
+training pairs. Held-out splits are used by `accuracy` alone.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from operator import itemgetter
 from typing import NamedTuple
 
 import numpy as np
@@ -15,12 +24,16 @@ import polars as pl
 from jaxtyping import Float
 
 from pluralprefs.attributes.folds import TRAIN, VALIDATION
-from pluralprefs.attributes.heads import Heads, Rows, fit_heads
+from pluralprefs.attributes.heads import Heads, Rows, fit_heads, nats
 from pluralprefs.attributes.predictors import AttributePredictors
+from pluralprefs.attributes.sentences import Embed, kernel, read
+from pluralprefs.data.ids import stable_hash
+from pluralprefs.encoders.features import Features
 
-Embed = Callable[[Sequence[str]], np.ndarray]
-STRENGTHS = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1)  # of L2, on features of mean square norm 1
+STRENGTHS = (1e-5, 1e-4, 1e-3)  # of L2, on features of mean square norm 1
 UNCHECKED = 1e-3  # where no pair of an attribute is in the validation slice
+WIDTHS = (0.25, 0.4, 0.7)  # of the kernel over sentences, in median distances
+ACROSS, AT_REST = 2000, 3000  # pairs of these kinds an attribute
 WIDTH = 8  # of an attribute's embedding
 
 
@@ -41,15 +54,30 @@ def embedder(name: str, **options: object) -> Embed:
 
 
 class Data(NamedTuple):
-    """Unique texts of the pairs, their centred and scaled features, and each attribute's pairs as rows of them."""
+    """Unique texts of the pairs, their centred and scaled features, and each attribute's pairs as rows of them.
+
+    `ordered` are pairs of one response, `more` those across responses, `equal` texts that stand equal.
+    """
 
     names: tuple[str, ...]
-    texts: list[str]
     features: Float[np.ndarray, "texts dim"]
     centre: Float[np.ndarray, " dim"]
     scale: float
-    train: list[list[tuple[int, int]]]
-    validation: list[list[tuple[int, int]]]
+    train: Pairs
+    validation: Pairs
+    everything: Pairs
+    levels: list[tuple[np.ndarray, np.ndarray]]
+
+
+class Pairs(NamedTuple):
+    """Each attribute's pairs (low, high): of one response, across responses, and of texts that stand equal."""
+
+    ordered: list[list[tuple[int, int]]]
+    across: list[list[tuple[int, int]]]
+    equal: list[list[tuple[int, int]]]
+
+    def rows(self) -> Rows:
+        return Rows.of([a + b for a, b in zip(self.ordered, self.across, strict=True)], self.equal)
 
 
 def fit_predictors(
@@ -60,87 +88,135 @@ def fit_predictors(
     names: Sequence[str] | None = None,
     hidden: tuple[int, ...] = (),
     strengths: Sequence[float] = STRENGTHS,
+    widths: Sequence[float] = WIDTHS,
     width: int = WIDTH,
     seed: int = 0,
 ) -> AttributePredictors:
     """Fit predictors on the training and validation splits of `pairs.ordered_pairs`.
 
     embed: texts to the features of `encoder`, [texts, dim]. names: the attributes, in the order wanted; by default all
-    of the pairs, sorted. hidden: () for linear heads, (units,) for a hidden layer. width: of an attribute's embedding.
-    Raises ValueError for an attribute without training pairs.
+    of the pairs, sorted. hidden: () for linear heads, (units,) for a hidden layer. widths: of the kernel over sentences
+    to choose from; () reads the embedding of the whole text. width: of an attribute's embedding. Raises ValueError for
+    an attribute without training pairs.
     """
-    data = _prepare(pairs, embed, names)
     options = {"hidden": tuple(hidden), "seed": seed}
-    strength = _choose(data, strengths, options)
-    everything = [train + held for train, held in zip(data.train, data.validation, strict=True)]
-    heads = fit_heads(data.features, Rows.of(everything), strength, data.names, **options)
-    levels = _levels(pairs, data)
-    parts = [_finished(data.features, heads, a, everything[a], levels[a], width) for a in range(len(data.names))]
+    grid = [_prepare(pairs, embed, names, one, seed) for one in (widths or (None,))]
+    chosen = [_choose(data, strengths, options, always=len(grid) > 1) for data, _ in grid]
+    best = int(np.argmin([nats for _, nats in chosen]))
+    (data, maps), strength = grid[best], chosen[best][0]
+    heads = fit_heads(data.features, data.everything.rows(), strength, data.names, **options)
+    parts = [
+        _finished(data.features, heads, a, data.everything.ordered[a], data.levels[a], width)
+        for a in range(len(data.names))
+    ]
     slope, intercept, directions, offset = (np.stack(part).astype(np.float32) for part in zip(*parts, strict=True))
     return AttributePredictors(
         data.names, encoder, data.centre, data.scale, heads.weight, slope, intercept, directions, offset,
-        heads.hidden, heads.bias,
+        heads.hidden, heads.bias, maps,
     )  # fmt: skip
 
 
-def _prepare(pairs: pl.DataFrame, embed: Embed, names: Sequence[str] | None) -> Data:
+def _prepare(
+    pairs: pl.DataFrame, embed: Embed, names: Sequence[str] | None, width: float | None, seed: int
+) -> tuple[Data, Features | None]:
     chosen = tuple(names) if names is not None else tuple(sorted(pairs["attribute"].unique()))
     known = pairs.filter(pl.col("split").is_in([TRAIN, VALIDATION]) & pl.col("attribute").is_in(chosen))
     for name in chosen:
         if not (known["attribute"] == name).any():
             raise ValueError(f"attribute {name!r}: no training pair is kept; look at its row of the report")
     texts = sorted({*known["low_text"], *known["high_text"]})
-    raw = np.asarray(embed(texts), np.float32)
+    maps = None if width is None else kernel(texts, embed, width)
+    raw = np.asarray(embed(texts), np.float32) if maps is None else read(texts, embed, maps)
     centre = raw.mean(0)
     scale = float(np.sqrt(((raw - centre) ** 2).sum(1).mean())) or 1.0
     place = {text: row for row, text in enumerate(texts)}
-
-    def rows(split: str) -> list[list[tuple[int, int]]]:
-        found: dict[str, list[tuple[int, int]]] = {name: [] for name in chosen}
-        of_split = known.filter(pl.col("split") == split).sort("attribute", "response_id", "low", "high")
-        for name, low, high in of_split.select("attribute", "low_text", "high_text").iter_rows():
-            found[name].append((place[low], place[high]))
-        return list(found.values())
-
-    return Data(chosen, texts, (raw - centre) / np.float32(scale), centre, scale, rows(TRAIN), rows(VALIDATION))
+    train, validation, everything = (
+        _pairs(known.filter(pl.col("split").is_in(part)), chosen, place, seed)
+        for part in ([TRAIN], [VALIDATION], [TRAIN, VALIDATION])
+    )
+    features, levels = (raw - centre) / np.float32(scale), _levels(known, chosen, place)
+    return Data(chosen, features, centre, scale, train, validation, everything, levels), maps
 
 
-def _choose(data: Data, strengths: Sequence[float], options: dict) -> Float[np.ndarray, " attributes"]:
-    """The strength with the fewest validation pairs in the wrong order, of equal ones the greatest, by attribute."""
-    if len(strengths) == 1 or not any(data.validation):
-        return np.full(len(data.names), strengths[0] if len(strengths) == 1 else UNCHECKED)
-    grid, errors = sorted(strengths, reverse=True), []
+def _pairs(known: pl.DataFrame, names: tuple[str, ...], place: dict[str, int], seed: int) -> Pairs:
+    """Pairs of all kinds; those across and at rest are drawn for each attribute from its name."""
+    ordered: list[list[tuple[int, int]]] = []
+    across: list[list[tuple[int, int]]] = []
+    equal: list[list[tuple[int, int]]] = []
+    levels = _levels(known, names, place)
+    rows_of = dict.fromkeys(names, ()) | {
+        name: tuple(zip(part["low_text"], part["high_text"], part["low"], part["high"], strict=True))
+        for (name,), part in known.sort("attribute", "response_id", "low", "high").group_by("attribute")
+    }
+    for name, (text, level) in zip(names, levels, strict=True):
+        draw = np.random.default_rng([seed, stable_hash(name) % 2**32])
+        ordered.append([(place[low], place[high]) for low, high, _, _ in rows_of[name]])
+        trained = {(low, high) for _, _, low, high in rows_of[name]}
+        others = [
+            rows for other, (rows, _) in sorted(zip(names, levels, strict=True), key=itemgetter(0)) if other != name
+        ]
+        rest = np.concatenate(others) if others else np.zeros(0, int)
+        above, same = _across(text, level, trained, draw)
+        across.append(above)
+        equal.append(same + [(a, b) for a, b in _draw(rest, AT_REST, draw) if a != b])
+    return Pairs(ordered, across, equal)
+
+
+def _across(
+    text: np.ndarray, level: np.ndarray, trained: set[tuple[int, int]], draw: np.random.Generator
+) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
+    """Random pairs of an attribute's rewrites: ordered by level (only levels that are trained on), and equal ones."""
+    above, same = [], []
+    for a, b in _draw(np.arange(len(text)), ACROSS, draw):
+        low, high = (a, b) if level[a] <= level[b] else (b, a)
+        if (int(level[low]), int(level[high])) in trained:
+            above.append((int(text[low]), int(text[high])))
+        elif level[a] == level[b] and text[a] != text[b]:
+            same.append((int(text[a]), int(text[b])))
+    return above, same
+
+
+def _draw(rows: np.ndarray, count: int, draw: np.random.Generator) -> list[tuple[int, int]]:
+    """Draw pairs of rows; none where there are fewer than two."""
+    if len(rows) < 2:
+        return []
+    return [(int(a), int(b)) for a, b in rows[draw.integers(len(rows), size=(count, 2))]]
+
+
+def _choose(
+    data: Data, strengths: Sequence[float], options: dict, *, always: bool
+) -> tuple[Float[np.ndarray, " attributes"], float]:
+    """The strength with the fewest validation nats of each attribute, of equal ones the greatest; their mean nats."""
+    checked = np.array([bool(a and b) for a, b in zip(data.train.ordered, data.validation.ordered, strict=True)])
+    if not checked.any() or (len(strengths) == 1 and not always):
+        return np.full(len(data.names), strengths[0] if len(strengths) == 1 else UNCHECKED), 0.0
+    grid, losses, held = sorted(strengths, reverse=True), [], data.validation.rows()
     for strength in grid:
-        heads = fit_heads(data.features, Rows.of(data.train), np.full(len(data.names), strength), data.names, **options)
-        errors.append([_wrong(data.features, heads, a, rows) for a, rows in enumerate(data.validation)])
-    chosen = np.asarray(grid)[np.argmin(errors, axis=0)]
-    checked = [bool(train and held) for train, held in zip(data.train, data.validation, strict=True)]
-    return np.where(checked, chosen, UNCHECKED)
+        heads = fit_heads(data.features, data.train.rows(), np.full(len(data.names), strength), data.names, **options)
+        losses.append([_nats(data.features, heads, a, held) for a in range(len(data.names))])
+    best = np.argmin(losses, axis=0)
+    return np.where(checked, np.asarray(grid)[best], UNCHECKED), float(np.min(losses, axis=0)[checked].mean())
 
 
-def _wrong(features: np.ndarray, heads: Heads, attribute: int, rows: list[tuple[int, int]]) -> float:
-    """Share of one attribute's pairs in the wrong order."""
-    if not rows:
-        return 0.0
-    low, high = np.asarray(rows).T
+def _nats(features: np.ndarray, heads: Heads, attribute: int, rows: Rows) -> float:
+    """Mean nats of one attribute's pairs."""
+    low, high, target, weight = (part[attribute] for part in (rows.low, rows.high, rows.target, rows.weight))
     reward = _phi(features, heads, attribute) @ heads.weight[attribute]
-    return float((reward[low] >= reward[high]).mean())
+    return float((weight * np.asarray(nats(reward[high] - reward[low], target))).sum() / max(weight.sum(), 1.0))
 
 
 def _phi(features: np.ndarray, heads: Heads, attribute: int) -> np.ndarray:
     return features if heads.hidden is None else np.tanh(features @ heads.hidden[attribute] + heads.bias[attribute])
 
 
-def _levels(pairs: pl.DataFrame, data: Data) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Each attribute's training rewrites: rows of texts, and their levels."""
-    place = {text: row for row, text in enumerate(data.texts)}
-    known = pairs.filter(pl.col("split").is_in([TRAIN, VALIDATION]))
+def _levels(known: pl.DataFrame, names: tuple[str, ...], place: dict[str, int]) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Each attribute's rewrites: rows of texts, and their levels."""
     sides = [known.select("attribute", pl.col(f"{side}_text").alias("text"), level=side) for side in ("low", "high")]
     table = pl.concat(sides).unique().sort("attribute", "text", "level")
     found = []
-    for name in data.names:
+    for name in names:
         mine = table.filter(pl.col("attribute") == name)
-        found.append((np.array([place[text] for text in mine["text"]]), mine["level"].to_numpy()))
+        found.append((np.array([place[text] for text in mine["text"]], int), mine["level"].to_numpy()))
     return found
 
 
@@ -167,7 +243,7 @@ def _directions(phi: np.ndarray, weight: np.ndarray, rows: list[tuple[int, int]]
     difference = (phi[high] - phi[low]).astype(np.float64)
     unit = weight / (np.linalg.norm(weight) or 1.0)
     difference = difference - np.outer(difference @ unit, unit)
-    vectors = np.linalg.eigh(difference.T @ difference)[1][:, ::-1][:, :count]
+    vectors = np.linalg.svd(difference, full_matrices=False)[2][:count].T
     # a sign is arbitrary: the largest entry is positive
     vectors = vectors * np.sign(vectors[np.abs(vectors).argmax(0), np.arange(vectors.shape[1])])
     return np.pad(vectors, ((0, 0), (0, count - vectors.shape[1])))

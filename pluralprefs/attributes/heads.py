@@ -2,8 +2,9 @@
 
 Minimised for each attribute a over its ordered pairs i, with features x of the encoder, centred and scaled:
 
-    mean_i softplus(r_a(low_i) - r_a(high_i)) + l2_a / 2 |theta_a|^2,    r_a(x) = w_a . phi_a(x)
+    mean_i [t_i softplus(-d_i) + (1 - t_i) softplus(d_i)] + l2_a / 2 |theta_a|^2,    d = r_a(high) - r_a(low)
 
+with r_a(x) = w_a . phi_a(x) and target t = 1 for an ordered pair, 1/2 for two texts that stand equal on the attribute.
 phi is the identity (Newton's method: the problem is convex) or one hidden layer tanh(V_a x + b_a) (Adam, full batch).
 PrefPalette (arXiv 2507.13541) trains one model per attribute instead. Attributes run in groups of `TOGETHER`, which
 bounds the memory; each attribute's start is drawn from its name, so that its fit depends on no other attribute.
@@ -36,23 +37,27 @@ class Rows:
 
     low: Any  # Int[Array, "attributes pairs"]
     high: Any  # Int[Array, "attributes pairs"]
+    target: Any  # Float[Array, "attributes pairs"]
     weight: Any  # Float[Array, "attributes pairs"]
 
     @classmethod
-    def of(cls, pairs: Sequence[Sequence[tuple[int, int]]]) -> Rows:
-        """Pad the (low, high) pairs of each attribute to one length.
+    def of(cls, pairs: Sequence[Sequence[tuple[int, int]]], equal: Sequence[Sequence[tuple[int, int]]] = ()) -> Rows:
+        """Pad the (low, high) pairs of each attribute, then those of equal texts, to one length.
 
-        >>> Rows.of([[(0, 1), (0, 2)], [(1, 2)]]).weight.tolist()
-        [[1.0, 1.0], [1.0, 0.0]]
+        >>> Rows.of([[(0, 1), (0, 2)], [(1, 2)]], equal=[[], [(0, 2)]]).target.tolist()
+        [[1.0, 1.0], [1.0, 0.5]]
         """
-        longest = max((len(rows) for rows in pairs), default=0) or 1
-        filled = np.zeros((len(pairs), longest, 2), np.int32)
-        weight = np.zeros((len(pairs), longest), np.float32)
-        for attribute, rows in enumerate(pairs):
+        same = equal or [()] * len(pairs)
+        whole = [[*ordered, *level] for ordered, level in zip(pairs, same, strict=True)]
+        longest = max(map(len, whole), default=0) or 1
+        filled = np.zeros((len(whole), longest, 2), np.int32)
+        target, weight = np.ones((2, len(whole), longest), np.float32) * np.array([1.0, 0.0])[:, None, None]
+        for attribute, rows in enumerate(whole):
             if rows:
                 filled[attribute, : len(rows)] = rows
                 weight[attribute, : len(rows)] = 1.0
-        return cls(filled[..., 0], filled[..., 1], weight)
+                target[attribute, len(pairs[attribute]) : len(rows)] = 0.5
+        return cls(filled[..., 0], filled[..., 1], target.astype(np.float32), weight.astype(np.float32))
 
 
 @struct.dataclass
@@ -93,18 +98,23 @@ def _fit(features: Float[Array, "texts dim"], rows: Rows, l2: Any, keys: Any, wi
     return jax.lax.map(one, (rows, l2, keys), batch_size=min(TOGETHER, len(keys)))
 
 
+def nats(difference: Any, target: Any) -> Any:
+    """What it costs to predict log-odds `difference` where the target is the chance of the high side."""
+    return target * jax.nn.softplus(-difference) + (1 - target) * jax.nn.softplus(difference)
+
+
 def _linear(features: Float[Array, "texts dim"], rows: Rows, l2: Any) -> Heads:
     """Newton's method, each system by conjugate gradients; a step is the best of 1, 1/2 and 1/4 of it."""
     difference = features[rows.high] - features[rows.low]
     share = rows.weight / jnp.maximum(rows.weight.sum(), 1.0)
 
     def objective(w: Array) -> Array:
-        return share @ jax.nn.softplus(-difference @ w) + 0.5 * l2 * w @ w
+        return share @ nats(difference @ w, rows.target) + 0.5 * l2 * w @ w
 
     def step(_: Any, w: Array) -> Array:
-        wrong = jax.nn.sigmoid(-difference @ w)
-        gradient = l2 * w - (share * wrong) @ difference
-        curvature = share * wrong * (1 - wrong)
+        chance = jax.nn.sigmoid(difference @ w)
+        gradient = l2 * w - (share * (rows.target - chance)) @ difference
+        curvature = share * chance * (1 - chance)
         newton, _ = cg(lambda v: (curvature * (difference @ v)) @ difference + l2 * v, gradient, maxiter=SOLVE_STEPS)
         trials = w[None] - jnp.array([[1.0], [0.5], [0.25]]) * newton[None]
         return trials[jnp.argmin(jax.vmap(objective)(trials))]
@@ -127,7 +137,7 @@ def _hidden(features: Float[Array, "texts dim"], rows: Rows, l2: Any, key: Any, 
     def objective(heads: Heads) -> Array:
         reward = [jnp.tanh(x @ heads.hidden + heads.bias[None]) @ heads.weight for x in (low, high)]
         size = sum(jnp.sum(leaf**2) for leaf in jax.tree.leaves(heads))
-        return share @ jax.nn.softplus(reward[0] - reward[1]) + 0.5 * l2 * size
+        return share @ nats(reward[1] - reward[0], rows.target) + 0.5 * l2 * size
 
     adam = optax.adam(optax.cosine_decay_schedule(LEARNING_RATE, ADAM_STEPS))
 

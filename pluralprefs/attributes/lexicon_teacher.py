@@ -10,21 +10,22 @@ from __future__ import annotations
 
 import re
 from hashlib import blake2b
-from typing import Literal
+from typing import Literal, get_args
 
 from pluralprefs.attributes.teacher import Answer, Judge, Rewrite, Task, TeacherError, Usage
 from pluralprefs.data.lexicon.express import CONTRACTIONS, express
 from pluralprefs.data.lexicon.phrases import CATALOG
 
+Phrases = Literal["train", "fit", "validation", "heldout", "all"]
 MIDDLE = 2  # where a text stands that says nothing on an attribute, beside one that does
 
 
 class LexiconTeacher:
     """Answer tasks from the lexicon. phrases: those that rewrites draw from; judgements know all of them."""
 
-    def __init__(self, phrases: Literal["train", "heldout", "all"] = "train", seed: int = 0) -> None:
-        if phrases not in ("train", "heldout", "all"):
-            raise ValueError(f"phrases={phrases!r}: use 'train', 'heldout' or 'all'")
+    def __init__(self, phrases: Phrases = "train", seed: int = 0) -> None:
+        if phrases not in get_args(Phrases):
+            raise ValueError(f"phrases={phrases!r}: use one of {', '.join(get_args(Phrases))}")
         self.phrases, self.seed = phrases, seed
         # Changed phrases are another teacher: what it said before must not be taken from a cache.
         lexicon = blake2b(repr(CATALOG).encode(), digest_size=4).hexdigest()

@@ -44,7 +44,8 @@ class Predicted:
         texts = [plain(text) for text in items["text"].drop_nulls().to_list()]
         values = np.zeros((items.height, len(self.names), self.predictors.width), np.float32)
         if texts:
-            values[there] = self.predictors.embeddings(embedder(self.predictors.encoder)(texts))
+            features = self.predictors.read(texts, embedder(self.predictors.encoder))
+            values[there] = self.predictors.embeddings(features)
         return values, np.broadcast_to(there[:, None], values.shape[:2]).copy()
 
     def save(self, folder: Path) -> None:

@@ -8,6 +8,8 @@ not per row.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import fields
 from typing import Any, Self
 
 import jax
@@ -58,6 +60,16 @@ class Features:
             whiten = jnp.asarray((vectors / np.sqrt(np.maximum(values, 1e-6))) @ vectors.T, jnp.float32)
             points, spread = jnp.asarray(points, jnp.float32), jnp.float32(spread)
         return cls(mean, scale, points, whiten, spread)
+
+    @classmethod
+    def restore(cls, arrays: Mapping[str, np.ndarray]) -> Self:
+        """Make the maps of arrays by field, as a file keeps them; what is missing is None."""
+        found = {field.name: arrays.get(field.name) for field in fields(cls)}
+        scalars = ("length_mean", "length_scale", "width")
+        return cls(**{
+            name: None if value is None else jnp.asarray(value.reshape(()) if name in scalars else value)
+            for name, value in found.items()
+        })  # fmt: skip
 
     def __call__(
         self, embedding: Float[np.ndarray, "items dim"], length: Float[np.ndarray, " items"]

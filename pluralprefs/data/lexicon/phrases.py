@@ -28,15 +28,22 @@ class Attribute(NamedTuple):
     def phrases(self, level: int, which: str = "all") -> tuple[str, ...]:
         """Return the phrases of a level: "train", "heldout", "all", or "corpus" (both kinds, without those of `more`).
 
+        Those of "train" are again "fit" and, every fifth of them, "validation".
+
         >>> Attribute("low", "high", "after", ("a | b || c", "", "", "", "")).phrases(0, "heldout")
         ('c',)
         """
         (train, _, heldout), (more, _, fresh) = self.levels[level].partition("||"), self.more[level].partition("||")
         chosen = {"train": [train, more], "heldout": [heldout, fresh], "corpus": [train, heldout]}
         chosen["all"] = chosen["train"] + chosen["heldout"]
-        if which not in chosen:
-            raise ValueError(f"phrases={which!r}: use 'train', 'heldout', 'all' or 'corpus'")
-        return tuple(phrase.strip() for phrase in "|".join(chosen[which]).split("|") if phrase.strip())
+        part = {"fit": "train", "validation": "train"}.get(which, which)
+        if part not in chosen:
+            raise ValueError(f"phrases={which!r}: use 'train', 'fit', 'validation', 'heldout', 'all' or 'corpus'")
+        found = tuple(phrase.strip() for phrase in "|".join(chosen[part]).split("|") if phrase.strip())
+        if part == which:
+            return found
+        checks = found[4::5]
+        return checks if which == "validation" else tuple(phrase for phrase in found if phrase not in checks)
 
 
 # Openings come in this order, then the answer, then the closings.

@@ -1,0 +1,161 @@
+"""Question: does a profile name what a community truly weighs, from its texts and comparisons alone?
+
+Command: make palette                    (or: python experiments/palette.py [--intervals] [--folder F] [--root R])
+
+From nothing, offline: answers -> rewrites at five levels of 19 attributes (lexicon teacher) -> verified pairs -> one
+head an attribute on MiniLM -> the attribute model on 20 communities with random weights over all attributes, whose
+texts use phrases that no head was trained on -> profiles, beside the truth. A weight is the log-odds between the middle
+level and a pole. What measured scores attenuate, no number of comparisons brings back: intervals are therefore judged
+against the pseudo-truth, the same model fitted to a hundred times the comparisons of the same communities.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+from rich.console import Console
+from rich.table import Table
+from scipy.stats import rankdata
+
+from pluralprefs import attributes_cli, encoders
+from pluralprefs.attributes.source import predicted
+from pluralprefs.data.lexicon import palette, palette_world
+from pluralprefs.data.simulate import World
+from pluralprefs.experiment import FAMILIES, Experiment, Prepared, fit_seed, prepare
+from pluralprefs.launch import run
+from pluralprefs.profiles import community_slopes, over_seeds
+from pluralprefs.run import Run
+from pluralprefs.users import Pooled
+
+COMMUNITIES, MEMBERS, EACH, SEED = 20, 64, 64, 0  # communities, users of each, comparisons of a user
+TIMES, PASSES = 100, 6  # of the pseudo-truth: its comparisons, and passes over them
+console = Console(width=140, soft_wrap=True)
+
+
+def predictors(folder: Path) -> None:
+    """The four commands that end in predictors; a second time the teacher's answers come from the cache."""
+    attributes_cli.rewrite(folder=folder)
+    attributes_cli.verify(folder=folder)
+    attributes_cli.pairs(folder=folder)
+    attributes_cli.train(folder=folder)
+
+
+def experiment(folder: Path, **parts: object) -> Experiment:
+    """The attribute model on the communities; users deviate too little to be a level of their own."""
+    whole = {
+        **FAMILIES["attribute_attention"], "attributes": partial(predicted, str(folder)),
+        "users": Pooled(levels=("community",), gain=False, cross_fit=None), **parts,
+    }  # fmt: skip
+    data = partial(palette, communities=COMMUNITIES, users_per_community=MEMBERS, comparisons_per_user=EACH, seed=SEED)
+    return Experiment(
+        data=data, encoder=partial(encoders.load, "minilm"), name="attribute_attention", data_name="palette",
+        controls=False, shots=(0,), draws=1, split={"unseen_users": 0.0}, **whole,
+    )  # fmt: skip
+
+
+def pseudo_truth(asked: Experiment, prepared: Prepared, world: World, seed: int) -> np.ndarray:
+    """Profiles of the same model on `TIMES` the comparisons of the same communities: [communities, attributes].
+
+    Every comparison is another member's, between two texts of one prompt drawn at random.
+    """
+    draw = np.random.default_rng([2026, seed])
+    count = TIMES * world.table.height
+    place = {name: row for row, name in enumerate(world.item_ids)}
+    levels = world.items[[place[name] for name in prepared.items["item_id"]]]
+    prompt = prepared.items["prompt_id"].to_numpy()
+    by_prompt = [np.flatnonzero(prompt == name) for name in np.unique(prompt)]
+    texts = np.stack([rows[: min(map(len, by_prompt))] for rows in by_prompt])
+    of = draw.integers(len(texts), size=count)
+    one = draw.integers(texts.shape[1], size=count)
+    other = (one + draw.integers(1, texts.shape[1], size=count)) % texts.shape[1]
+    first, second = texts[of, one].astype(np.int32), texts[of, other].astype(np.int32)
+    community = (np.arange(count) % len(world.community_ids)).astype(np.int32)
+    target = np.empty(count, np.float32)
+    for part in np.array_split(np.arange(count), 100):
+        weights = world.truth["community"][community[part]]
+        weights = weights + world.truth["user"].std() * draw.standard_normal(weights.shape)
+        log_odds = ((levels[first[part]] - levels[second[part]]) * weights).sum(1)
+        target[part] = draw.random(len(part)) < 1 / (1 + np.exp(-log_odds))
+    none = np.full(count, -1, np.int32)
+    rows = prepared.rows.replace(
+        first=first, second=second, target=target, tie=np.zeros(count, bool), user=none, community=community,
+        rater=none, source=none, offset=np.zeros(count, np.float32), weight=np.ones(count, np.float32),
+    )  # fmt: skip
+    table = pl.DataFrame({"cell": pl.Series(["train"], dtype=pl.Utf8).new_from_index(0, count)})
+    whole = fit_seed(replace(asked, epochs=PASSES), replace(prepared, table=table, rows=rows), seed)
+    found = community_slopes(whole, prepared.features, len(world.community_ids))
+    return np.stack([mean for mean, _ in found[1:]])
+
+
+def grid(weights: pl.DataFrame, communities: tuple[str, ...], names: tuple[str, ...], column: str) -> np.ndarray:
+    """A column of profile rows as [communities, attributes]."""
+    cells = {(row["community"], row["attribute"]): row[column] for row in weights.iter_rows(named=True)}
+    return np.array([[cells[community, name] for name in names] for community in communities])
+
+
+def report(found: Run, world: World, names: tuple[str, ...], truth: np.ndarray, pseudo: np.ndarray | None) -> None:
+    """Print rank correlations, coverage, and one community with attention, ablation and truth side by side."""
+    weights = over_seeds(found.folder.table("attribute_weights"))
+    of = {kind: weights.filter(kind=kind) for kind in ("preference", "attention", "ablation")}
+    by = {kind: grid(rows, world.community_ids, names, "mean") for kind, rows in of.items()}
+    ranks = Table(title="Spearman rank correlation over the 19 attributes, 20 communities", title_justify="left")
+    for head in ("profile", "truth", "median", "worst"):
+        ranks.add_column(head, justify="left" if head in ("profile", "truth") else "right")
+    for kind, against, target in (
+        ("preference", "signed weight", truth), ("attention", "|weight|", np.abs(truth)),
+        ("ablation", "|weight|", np.abs(truth)), ("attention", "signed weight", truth),
+    ):  # fmt: skip
+        each = [np.corrcoef(rankdata(a), rankdata(b))[0, 1] for a, b in zip(by[kind], target, strict=True)]
+        ranks.add_row(kind, against, f"{np.median(each):.3f}", f"{min(each):.3f}")
+    console.print(ranks)
+    low, high = (grid(of["preference"], world.community_ids, names, side) for side in ("ci_low", "ci_high"))
+    console.print(f"Mean half width of a preference's interval: {(high - low).mean() / 2:.2f} log-odds")
+    slope = (by["preference"] * truth).sum() / (truth**2).sum()
+    console.print(f"Attenuation by measured scores (slope of preference on truth): {slope:.2f}")
+    console.print(f"Intervals cover the truth in {((low <= truth) & (truth <= high)).mean():.1%} of cells")
+    if pseudo is not None:
+        console.print(f"Intervals cover the pseudo-truth in {((low <= pseudo) & (pseudo <= high)).mean():.1%} of cells")
+    side = Table(title=f"{world.community_ids[0]}: truth and three importances", title_justify="left")
+    for head in ("attribute", "true weight", "preference [95 %]", "attention", "ablation, nats"):
+        side.add_column(head, justify="left" if head == "attribute" else "right")
+    for at in np.argsort(-truth[0]):
+        liked = f"{by['preference'][0, at]:+.2f} [{low[0, at]:+.2f}, {high[0, at]:+.2f}]"
+        others = f"{by['attention'][0, at]:.3f}", f"{by['ablation'][0, at]:+.4f}"
+        side.add_row(names[at], f"{truth[0, at]:+.2f}", liked, *others)
+    console.print(side)
+    console.print(
+        "Attention misleads where an attribute pulls down: it has no sign, it sums to one whatever the attributes\n"
+        "are worth, and a model may look where it learns nothing. Preference gives direction, ablation worth.",
+        markup=False, highlight=False,
+    )  # fmt: skip
+
+
+def main(folder: Path, root: Path, *, judge_intervals: bool) -> None:
+    """Run the whole path and compare with the truth."""
+    begin = time.time()
+    predictors(folder)
+    asked, world = experiment(folder), palette_world(COMMUNITIES, MEMBERS, EACH, SEED)
+    fitted = run(asked, root=root)
+    names = fitted.attributes.names
+    order = [sorted(set(names)).index(name) for name in names]
+    truth = world.truth["community"][:, order]
+    pseudo = None
+    if judge_intervals:
+        pseudo = pseudo_truth(asked, prepare(asked, progress=False), world, seed=0)
+    report(fitted, world, names, truth, pseudo)
+    console.print(f"\n{time.time() - begin:.0f} s. Next: pluralprefs profile {fitted.folder.path}", markup=False)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", type=Path, default=Path("palette"), help="of the predictors and their tables")
+    parser.add_argument("--root", type=Path, default=Path("runs"), help="of run folders")
+    parser.add_argument("--intervals", action="store_true", help="judge intervals by the pseudo-truth too (minutes)")
+    asked = parser.parse_args()
+    main(asked.folder, asked.root, judge_intervals=asked.intervals)
