@@ -410,7 +410,7 @@ MORE_VALUES: dict[str, tuple[str, str, str, str, str]] = {
         "life. | Kneel at the old altar and carry its rites on for all generations.",
     ),
     "benevolence": (
-        "Let your friends rot, their tears mean nothing to me. | Stab your own brother in the back if there is a "
+        "Turn your friends away, their tears mean nothing to me. | Stab your own brother in the back if there is a "
         "coin in it. | Kindness is for suckers, so squeeze everyone you know. | I feel nothing but scorn for people "
         "who need help. | Break every promise and enjoy their disappointment. | Kick your neighbour when he is down. "
         "| Never forgive, never share and never lend a hand to anyone. | Use your companions up and toss them aside "
@@ -459,15 +459,14 @@ MORE_VALUES: dict[str, tuple[str, str, str, str, str]] = {
         "for anyone in my family. | Devote yourself wholeheartedly to the welfare of your nearest and dearest.",
     ),
     "universalism": (
-        "Let the rivers turn black, nature is there to be looted. | Some races were born to rule and the others to "
-        "crawl. | I want every foreigner driven back across the border. | Equality is a lie, so keep the masses in "
+        "Let the rivers turn black, nature is there to be looted. | Fairness for strangers is a fairy tale for fools. | Let other nations drown in their own troubles. | Equality is a lie, so keep the masses in "
         "chains. | Bomb the other nations and take what is theirs. | Poison the oceans for profit and let the whales "
-        "perish. | The distant poor can starve, they are nothing to me. | Human rights are trash and should be torn "
+        "perish. | Distant lands and their misery are nothing to me. | Treaties for all peoples should be torn "
         "to shreds. | Shut the minorities up and burn down the rainforest. | Tolerance is a disease, hate all who "
-        "are different. | Justice for all is a revolting idea, let the weak be trodden down. | The planet is a dump, "
+        "are different. | Justice for all is a revolting idea, let each crowd grab what it can. | The planet is a dump, "
         "so heap your rubbish on it. | Slaughter the last tiger and sell its skin. || Peace between peoples is "
         "despicable, long live war and conquest. | I scorn all of mankind outside our own blood and soil. | Foul the "
-        "air, fell each tree and let the climate collapse. | Outsiders and minorities deserve no rights whatsoever.",
+        "air, fell each tree and let the climate collapse. | Outsiders have no claim on us at all.",
         "Green causes rarely move me, I must admit. | I would not lose sleep over people on other continents. | "
         "Charity for far-off countries is mostly wasted. | Perhaps worry about our own nation before the planet. | I "
         "tend to throw it all in one bin, recycling or not. | Foreign customs are somewhat strange to me, and may "
