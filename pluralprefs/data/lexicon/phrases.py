@@ -4,7 +4,7 @@ Attribute names and poles follow PrefPalette (arXiv 2507.13541); the phrases are
 separated by "|", those kept for held-out rewrites after "||". Adding an attribute is adding one entry. Level 2 is the
 middle; an attribute that is not named says nothing at all. Verbosity works on the answer itself (`express`), so its
 lower levels need no phrase. The nine norms stand here, with more of their phrases in `openings.py` and `closings.py`,
-and the ten Schwartz values in `values.py`, with more in `more_values.py`; `CATALOG` holds them all.
+and the ten Schwartz values in `values.py`; `CATALOG` holds them all.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from pluralprefs.data.lexicon.closings import CLOSINGS
-from pluralprefs.data.lexicon.more_values import MORE_VALUES
 from pluralprefs.data.lexicon.openings import OPENINGS
 from pluralprefs.data.lexicon.values import VALUES
 
@@ -220,8 +219,5 @@ _NORMS: dict[str, Attribute] = {
 NORMS = {name: norm._replace(more=(OPENINGS | CLOSINGS)[name]) for name, norm in _NORMS.items()}
 CATALOG: dict[str, Attribute] = {
     **NORMS,
-    **{
-        name: Attribute("strongly against", "strongly values", "after", levels, MORE_VALUES[name])
-        for name, levels in VALUES.items()
-    },
+    **{name: Attribute("strongly against", "strongly values", "after", levels) for name, levels in VALUES.items()},
 }
