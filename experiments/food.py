@@ -25,13 +25,20 @@ from functools import partial
 from pluralprefs import encoders
 from pluralprefs.data.sources import protocol
 from pluralprefs.experiment import every_family
+from pluralprefs.users import Pooled
 
 DATA = os.environ.get("PLURALPREFS_DATA", "../shared/data")
 
-experiments = every_family(
-    data=partial(protocol.load, DATA, "food"),
-    support=partial(protocol.shots, DATA, "food"),
-    encoder=partial(encoders.load, "attributes"),
-    data_name="food",
-    features={},
-)
+shared = {
+    "data": partial(protocol.load, DATA, "food"),
+    "support": partial(protocol.shots, DATA, "food"),
+    "encoder": partial(encoders.load, "attributes"),
+    "data_name": "food",
+    "features": {},
+}
+# The columns are features and attributes at once: each person's taste for them is a profile.
+palette = every_family(
+    **shared, attributes=partial(encoders.load, "attributes"), users=Pooled(levels=("user",), gain=False),
+    save_users=True,
+)  # fmt: skip
+experiments = every_family(**shared) | {"attribute_attention": palette["attribute_attention"]}

@@ -4,7 +4,7 @@ Command: make palette                    (or: python experiments/palette.py [--i
 
 From nothing, offline: answers -> rewrites at five levels of 19 attributes (lexicon teacher) -> verified pairs -> one
 head an attribute on MiniLM -> the attribute model on 20 communities with random weights over all attributes, whose
-texts use phrases that no head was trained on -> profiles, beside the truth. A weight is the log-odds between the middle
+texts use all of the lexicon's phrases -> profiles, beside the truth. A weight is the log-odds between the middle
 level and a pole. What measured scores attenuate, no number of comparisons brings back: intervals are therefore judged
 against the pseudo-truth, the same model fitted to a hundred times the comparisons of the same communities.
 """
@@ -33,8 +33,9 @@ from pluralprefs.profiles import community_slopes, over_seeds
 from pluralprefs.run import Run
 from pluralprefs.users import Pooled
 
-COMMUNITIES, MEMBERS, EACH, SEED = 20, 64, 64, 0  # communities, users of each, comparisons of a user
-TIMES, PASSES = 100, 6  # of the pseudo-truth: its comparisons, and passes over them
+COMMUNITIES, MEMBERS, EACH, SEED = 20, 50, 40, 0  # communities, users of each, comparisons of a user
+PHRASES = "all"  # of the lexicon, of which no head has met three in eight; "heldout": those alone
+TIMES, PASSES = 100, 10  # of the pseudo-truth: its comparisons, and passes over them
 console = Console(width=140, soft_wrap=True)
 
 
@@ -52,7 +53,10 @@ def experiment(folder: Path, **parts: object) -> Experiment:
         **FAMILIES["attribute_attention"], "attributes": partial(predicted, str(folder)),
         "users": Pooled(levels=("community",), gain=False, cross_fit=None), **parts,
     }  # fmt: skip
-    data = partial(palette, communities=COMMUNITIES, users_per_community=MEMBERS, comparisons_per_user=EACH, seed=SEED)
+    data = partial(
+        palette, communities=COMMUNITIES, users_per_community=MEMBERS, comparisons_per_user=EACH, seed=SEED,
+        phrases=PHRASES,
+    )  # fmt: skip
     return Experiment(
         data=data, encoder=partial(encoders.load, "minilm"), name="attribute_attention", data_name="palette",
         controls=False, shots=(0,), draws=1, split={"unseen_users": 0.0}, **whole,
@@ -62,34 +66,32 @@ def experiment(folder: Path, **parts: object) -> Experiment:
 def pseudo_truth(asked: Experiment, prepared: Prepared, world: World, seed: int) -> np.ndarray:
     """Profiles of the same model on `TIMES` the comparisons of the same communities: [communities, attributes].
 
-    Every comparison is another member's, between two texts of one prompt drawn at random.
+    Every comparison is another member's. Those of one pair by one community are drawn at once, as a share of wins.
     """
     draw = np.random.default_rng([2026, seed])
-    count = TIMES * world.table.height
     place = {name: row for row, name in enumerate(world.item_ids)}
     levels = world.items[[place[name] for name in prepared.items["item_id"]]]
     prompt = prepared.items["prompt_id"].to_numpy()
-    by_prompt = [np.flatnonzero(prompt == name) for name in np.unique(prompt)]
-    texts = np.stack([rows[: min(map(len, by_prompt))] for rows in by_prompt])
-    of = draw.integers(len(texts), size=count)
-    one = draw.integers(texts.shape[1], size=count)
-    other = (one + draw.integers(1, texts.shape[1], size=count)) % texts.shape[1]
-    first, second = texts[of, one].astype(np.int32), texts[of, other].astype(np.int32)
-    community = (np.arange(count) % len(world.community_ids)).astype(np.int32)
-    target = np.empty(count, np.float32)
-    for part in np.array_split(np.arange(count), 100):
-        weights = world.truth["community"][community[part]]
-        weights = weights + world.truth["user"].std() * draw.standard_normal(weights.shape)
-        log_odds = ((levels[first[part]] - levels[second[part]]) * weights).sum(1)
-        target[part] = draw.random(len(part)) < 1 / (1 + np.exp(-log_odds))
-    none = np.full(count, -1, np.int32)
+    first, second = np.nonzero(np.triu(prompt[:, None] == prompt[None, :], 1))
+    difference, count = levels[first] - levels[second], len(world.community_ids)
+    log_odds = difference @ world.truth["community"].T  # [pairs, communities]
+    apart = world.truth["user"].std() * np.sqrt((difference**2).sum(1))[:, None]
+    nodes, shares = np.polynomial.hermite_e.hermegauss(15)  # over members, who differ
+    each = 1 / (1 + np.exp(-(log_odds[..., None] + apart[..., None] * nodes)))
+    chance = each @ (shares / shares.sum())
+    number = draw.poisson(TIMES * world.table.height / chance.size, chance.shape)
+    pair, community = np.nonzero(number)
+    n = number[pair, community]
+    share = draw.binomial(n, chance[pair, community]) / n
+    none = np.full(len(n), -1, np.int32)
     rows = prepared.rows.replace(
-        first=first, second=second, target=target, tie=np.zeros(count, bool), user=none, community=community,
-        rater=none, source=none, offset=np.zeros(count, np.float32), weight=np.ones(count, np.float32),
+        first=first[pair].astype(np.int32), second=second[pair].astype(np.int32), target=share.astype(np.float32),
+        tie=np.zeros(len(n), bool), user=none, community=community.astype(np.int32), rater=none, source=none,
+        offset=np.zeros(len(n), np.float32), weight=n.astype(np.float32),
     )  # fmt: skip
-    table = pl.DataFrame({"cell": pl.Series(["train"], dtype=pl.Utf8).new_from_index(0, count)})
+    table = pl.DataFrame({"cell": np.full(len(n), "train")})
     whole = fit_seed(replace(asked, epochs=PASSES), replace(prepared, table=table, rows=rows), seed)
-    found = community_slopes(whole, prepared.features, len(world.community_ids))
+    found = community_slopes(whole, prepared.features, count)
     return np.stack([mean for mean, _ in found[1:]])
 
 
@@ -140,7 +142,7 @@ def main(folder: Path, root: Path, *, judge_intervals: bool) -> None:
     """Run the whole path and compare with the truth."""
     begin = time.time()
     predictors(folder)
-    asked, world = experiment(folder), palette_world(COMMUNITIES, MEMBERS, EACH, SEED)
+    asked, world = experiment(folder), palette_world(COMMUNITIES, MEMBERS, EACH, SEED, phrases=PHRASES)
     fitted = run(asked, root=root)
     names = fitted.attributes.names
     order = [sorted(set(names)).index(name) for name in names]

@@ -68,10 +68,10 @@ def attribute_weights(
 
 
 def user_weights(
-    fitted: Fitted, items: Item, users: Mapping[str, tuple[int, UserPosterior]], communities: Sequence[str],
+    fitted: Fitted, items: Item, users: Mapping[str, tuple[int, UserPosterior, int | None]], communities: Sequence[str],
     attributes: Sequence[str], *, seed: int = 0,
 ) -> pl.DataFrame:  # fmt: skip
-    """Profile users, each given as (number of the community or -1, posterior): preference and attention.
+    """Profile users, each (number of the community or -1, posterior, comparisons behind it): preference and attention.
 
     The interval of a preference holds the user's posterior, the community's and the shared parameters' variance.
     Attention is over the responses of the training rows. Raises TypeError for a family without attributes.
@@ -81,7 +81,7 @@ def user_weights(
     around = dict(enumerate(community_slopes(fitted, items, len(communities)), start=-1))
     responses = jax.tree.map(lambda x: x[np.unique(np.concatenate([sample.first, sample.second]))], items)
     found = []
-    for name, (community, posterior) in users.items():
+    for name, (community, posterior, n) in users.items():
         value, spread = slopes(fitted.model, fitted.users, items, sample, posterior, community)
         own = jax.tree.map(jnp.add, gather(fitted.users, jnp.asarray(community), jnp.asarray(-1))[0],
                            posterior.mean.state)  # fmt: skip
@@ -90,7 +90,7 @@ def user_weights(
         half = NORMAL * np.sqrt(spread + around[community][1])
         error = NORMAL * alpha.std(0) / np.sqrt(len(alpha))
         for at in range(len(attributes)):
-            found.append((at, _row(place, "preference", value[at], half[at], len(sample.target))))
+            found.append((at, _row(place, "preference", value[at], half[at], n)))
             found.append((at, _row(place, "attention", alpha[:, at].mean(), error[at], len(alpha))))
     return _table(found, attributes, seed)
 
@@ -342,6 +342,6 @@ def _table(found: Sequence[tuple[int, dict[str, Any]]], attributes: Sequence[str
     return pl.DataFrame(rows, schema=SCHEMA)
 
 
-def _row(place: Mapping[str, str], kind: str, mean: float, half: float, n: int) -> dict[str, Any]:
+def _row(place: Mapping[str, str], kind: str, mean: float, half: float, n: int | None) -> dict[str, Any]:
     mean, half = float(mean), float(half)
     return {**place, "kind": kind, "mean": mean, "ci_low": mean - half, "ci_high": mean + half, "n": n}

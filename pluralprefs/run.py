@@ -242,12 +242,15 @@ class Run:
         fitted = Fitted(self.model, self.users, self.rows, self.notes)
         if users is not None:
             place = -1 if community is None else known.index(community)
-            units = {name: (place, posterior) for name, posterior in users.items()}
+            units = {name: (place, posterior, None) for name, posterior in users.items()}
         else:
             user, rows = np.asarray(self.rows.user), self.rows
             mine = np.flatnonzero(user >= 0)
             found = adapt_units(self.model, self.users, self.items, take(rows, mine), user[mine])
-            units = {self.vocabulary.users[u]: (_usual(rows.community[user == u]), p) for u, p in found.items()}
+            units = {
+                self.vocabulary.users[u]: (_usual(rows.community[user == u]), p, int((user == u).sum()))
+                for u, p in found.items()
+            }
         names = self.attributes.names if self.attributes is not None else ()
         return user_weights(fitted, self.items, units, known, names)
 

@@ -139,7 +139,9 @@ def test_a_user_has_a_profile_as_wide_as_what_is_known():
     prior = UserPosterior(neutral(fitted.model), Covariance(fitted.users.user_root, jnp.zeros((0, 7))))
     judged = take(fitted.rows, np.flatnonzero(fitted.rows.user == 2))
     known = adapt_units(fitted.model, fitted.users, x, judged, np.zeros(len(judged.target), int))[0]
-    found = user_weights(fitted, x, {"ana": (0, known), "new": (0, prior), "far": (-1, prior)}, ("cats", "dogs"), NAMES)
+    found = user_weights(
+        fitted, x, {"ana": (0, known, 20), "new": (0, prior, None), "far": (-1, prior, None)}, ("cats", "dogs"), NAMES
+    )
     assert dict(found.schema) == SCHEMA
     assert found.height == 3 * 3 * 2
     width = {

@@ -8,9 +8,9 @@ at rest  rewrites at levels of OTHER attributes: they were asked to leave this o
 Without them a head orders the rewrites of one response, yet answers to what other attributes say and to the topic: on
 texts that express several attributes at once its scores hardly followed the levels (LOG.md).
 
-Kernel width and the strength of L2 (of each attribute) are those with the fewest nats on such pairs of the validation
-slice, whose rewrites have phrases of their own where the teacher has such; the heads are then fitted anew on all
-training pairs. Held-out splits are used by `accuracy` alone.
+Kernel width and the strength of L2 (of each attribute) are those whose scores follow the levels best over all rewrites
+of the validation slice, which have phrases of their own where the teacher has such; the heads are then fitted anew on
+all training pairs. Held-out splits are used by `accuracy` alone.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ import polars as pl
 from jaxtyping import Float
 
 from pluralprefs.attributes.folds import TRAIN, VALIDATION
-from pluralprefs.attributes.heads import Heads, Rows, fit_heads, nats
+from pluralprefs.attributes.heads import Heads, Rows, fit_heads
 from pluralprefs.attributes.predictors import AttributePredictors
 from pluralprefs.attributes.sentences import Embed, kernel, read
 from pluralprefs.data.ids import stable_hash
 from pluralprefs.encoders.features import Features
 
-STRENGTHS = (1e-5, 1e-4, 1e-3)  # of L2, on features of mean square norm 1
+STRENGTHS = (1e-6, 1e-5, 1e-4, 1e-3)  # of L2, on features of mean square norm 1
 UNCHECKED = 1e-3  # where no pair of an attribute is in the validation slice
-WIDTHS = (0.25, 0.4, 0.7)  # of the kernel over sentences, in median distances
+WIDTHS = (0.25, 0.4, 0.6)  # of the kernel over sentences, in median distances
 ACROSS, AT_REST = 2000, 3000  # pairs of these kinds an attribute
 WIDTH = 8  # of an attribute's embedding
 
@@ -56,7 +56,7 @@ def embedder(name: str, **options: object) -> Embed:
 class Data(NamedTuple):
     """Unique texts of the pairs, their centred and scaled features, and each attribute's pairs as rows of them.
 
-    `ordered` are pairs of one response, `more` those across responses, `equal` texts that stand equal.
+    `levels` are each attribute's rewrites and their levels, `checks` those of the validation slice.
     """
 
     names: tuple[str, ...]
@@ -67,6 +67,7 @@ class Data(NamedTuple):
     validation: Pairs
     everything: Pairs
     levels: list[tuple[np.ndarray, np.ndarray]]
+    checks: list[tuple[np.ndarray, np.ndarray]]
 
 
 class Pairs(NamedTuple):
@@ -135,7 +136,8 @@ def _prepare(
         for part in ([TRAIN], [VALIDATION], [TRAIN, VALIDATION])
     )
     features, levels = (raw - centre) / np.float32(scale), _levels(known, chosen, place)
-    return Data(chosen, features, centre, scale, train, validation, everything, levels), maps
+    checks = _levels(known.filter(pl.col("split") == VALIDATION), chosen, place)
+    return Data(chosen, features, centre, scale, train, validation, everything, levels, checks), maps
 
 
 def _pairs(known: pl.DataFrame, names: tuple[str, ...], place: dict[str, int], seed: int) -> Pairs:
@@ -186,23 +188,33 @@ def _draw(rows: np.ndarray, count: int, draw: np.random.Generator) -> list[tuple
 def _choose(
     data: Data, strengths: Sequence[float], options: dict, *, always: bool
 ) -> tuple[Float[np.ndarray, " attributes"], float]:
-    """The strength with the fewest validation nats of each attribute, of equal ones the greatest; their mean nats."""
+    """Each attribute's strength of least validation loss (`_loss`), of equal ones the greatest, and their mean loss."""
     checked = np.array([bool(a and b) for a, b in zip(data.train.ordered, data.validation.ordered, strict=True)])
     if not checked.any() or (len(strengths) == 1 and not always):
         return np.full(len(data.names), strengths[0] if len(strengths) == 1 else UNCHECKED), 0.0
-    grid, losses, held = sorted(strengths, reverse=True), [], data.validation.rows()
+    grid, losses = sorted(strengths, reverse=True), []
     for strength in grid:
         heads = fit_heads(data.features, data.train.rows(), np.full(len(data.names), strength), data.names, **options)
-        losses.append([_nats(data.features, heads, a, held) for a in range(len(data.names))])
+        losses.append([_loss(data, heads, a) for a in range(len(data.names))])
     best = np.argmin(losses, axis=0)
     return np.where(checked, np.asarray(grid)[best], UNCHECKED), float(np.min(losses, axis=0)[checked].mean())
 
 
-def _nats(features: np.ndarray, heads: Heads, attribute: int, rows: Rows) -> float:
-    """Mean nats of one attribute's pairs."""
-    low, high, target, weight = (part[attribute] for part in (rows.low, rows.high, rows.target, rows.weight))
-    reward = _phi(features, heads, attribute) @ heads.weight[attribute]
-    return float((weight * np.asarray(nats(reward[high] - reward[low], target))).sum() / max(weight.sum(), 1.0))
+def _loss(data: Data, heads: Heads, attribute: int) -> float:
+    """Share of the variance of an attribute's scores that levels do not explain, over all validation rewrites.
+
+    Rewrites of other attributes are at this one's middle. Scale-free, since scores are calibrated afterwards: nats
+    would choose heads that say little, for they are never surely wrong in a new phrase.
+    """
+    text, level = data.checks[attribute]
+    others = [rows for other, (rows, _) in enumerate(data.checks) if other != attribute]
+    rows = np.concatenate([text, *others])
+    wanted = np.concatenate([(level - 2) / 2, np.zeros(len(rows) - len(text))])
+    reward = _phi(data.features, heads, attribute)[rows] @ heads.weight[attribute]
+    if not len(rows) or reward.std() == 0 or wanted.std() == 0 or reward[: len(text)].std() == 0:
+        return 1.0
+    together = float(np.corrcoef(reward, wanted)[0, 1])
+    return 1.0 - max(together, 0.0) ** 2
 
 
 def _phi(features: np.ndarray, heads: Heads, attribute: int) -> np.ndarray:

@@ -1,0 +1,153 @@
+"""Question: what do debates, and workers of each stance, weigh in an argument, and do their written reasons agree?
+
+Command: PLURALPREFS_DATA=... python experiments/ukp_palette.py [--community debate|worker_stance] [--folder palette]
+
+The predictors are those of `make palette`, learned from rewrites by the lexicon: their scores on arguments that people
+wrote are a guess at the attribute, tested here on rewrites of arguments in phrases that no head has met. Each vote came
+with a reason in free text; `MENTIONS` finds the words by which a reason speaks of an attribute. A reason is evidence of
+what a person weighed, though it names attributes that are easy to name.
+Result: none yet. Only its parts were run; the fit on all votes was not.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+from rich.console import Console
+from rich.table import Table
+from scipy.stats import rankdata
+
+from pluralprefs import encoders
+from pluralprefs.attributes import catalog
+from pluralprefs.attributes.accuracy import accuracy
+from pluralprefs.attributes.counterfactuals import rewrites, sample_responses
+from pluralprefs.attributes.fitting import embedder
+from pluralprefs.attributes.lexicon_teacher import LexiconTeacher
+from pluralprefs.attributes.source import predicted
+from pluralprefs.data.sources import ukpconvarg1
+from pluralprefs.experiment import FAMILIES, Experiment
+from pluralprefs.launch import run
+from pluralprefs.profiles import over_seeds, profile_table
+
+DATA = os.environ.get("PLURALPREFS_DATA", "../shared/data")
+LEAST = 20  # votes of a worker, as in the fixed protocol
+# Words of a reason, and the attribute they speak of.
+MENTIONS = {
+    "verbosity": r"\b(longer|length|lengthy|detail\w*|elaborat\w*|thorough|more (info\w*|reasons?|points?|words)"
+    r"|in.?depth|short|shorter|brief|one.?liner|explain\w*|explanation)\b",
+    "politeness": r"\b(rude|polite\w*|respect\w*|disrespect\w*|insult\w*|offensive|name.?calling|swear\w*|civil)\b",
+    "formality": r"\b(grammar\w*|spelling|slang|formal|informal|professional|(well|poorly).written|capital\w*)\b",
+    "sarcasm": r"\b(sarcas\w*|mock\w*|ironic\w*|irony|snark\w*)\b",
+    "humor": r"\b(humou?r\w*|funny|joke\w*|joking|silly|laugh\w*)\b",
+    "directness": r"\b(direct\w*|to the point|straight.?forward|concise|clear\w*|rambl\w*|off.?topic|vague)\b",
+    "assertiveness": r"\b(confiden\w*|assert\w*|forceful\w*|aggress\w*|strong\w*|certain\w*)\b",
+    "empathy": r"\b(empath\w*|compassion\w*|emotion\w*|caring|feelings?)\b",
+    "supportiveness": r"\b(support\w* (others|people)|hostil\w*|hate\w*|hateful|attack\w*|kind)\b",
+    "security": r"\b(safe|safety|secur\w*|danger\w*|protect\w*)\b",
+    "tradition": r"\b(tradition\w*|religio\w*|bible|god)\b",
+    "universalism": r"\b(equal\w*|rights|environment\w*|justice|fair\w*)\b",
+}
+console = Console(width=160, soft_wrap=True)
+
+
+def table(community: str) -> pl.DataFrame:
+    """Votes of workers with at least `LEAST` decided ones, without ties; null communities stay out."""
+    rows = ukpconvarg1.load(DATA, community=community, ties=False, min_votes=LEAST)  # type: ignore[arg-type]
+    return rows.filter(pl.col("community_id").is_not_null()).drop("reason", "worker_stance", "submitted", strict=False)
+
+
+def predictors_on_arguments(folder: Path) -> None:
+    """Accuracy of the heads on rewrites of arguments, in held-out phrases."""
+    source = predicted(folder)
+    arguments = sample_responses(ukpconvarg1.load(DATA, ties=False), per_community=6)
+    chosen = {name: catalog.CATALOG[name] for name in source.names}
+    levels = rewrites(arguments, chosen, LexiconTeacher("heldout"))
+    sides = levels.select("response_id", "attribute", "level", "text")
+    pairs = sides.join(sides, on=["response_id", "attribute"], suffix="_high").filter(
+        pl.col("level") < pl.col("level_high")
+    )
+    pairs = pairs.select(
+        "response_id", "attribute", low="level", high="level_high", low_text="text", high_text="text_high",
+        gap=pl.col("level_high") - pl.col("level"), split=pl.lit("heldout_communities"),
+    )  # fmt: skip
+    found = accuracy(source.predictors, pairs, embedder(source.predictors.encoder))
+    far = found.filter(pl.col("gap") == -2)
+    shown = Table(title=f"Heads on {arguments.height} arguments, rewritten; pairs two or more levels apart",
+                  title_justify="left")  # fmt: skip
+    for head in ("attribute", "accuracy", "95 %", "pairs"):
+        shown.add_column(head)
+    for row in far.iter_rows(named=True):
+        interval = f"[{row['ci_low']:.3f}, {row['ci_high']:.3f}]"
+        shown.add_row(row["attribute"] or "all", f"{row['accuracy']:.3f}", interval, str(row["count"]))
+    console.print(shown)
+
+
+def reasons(community: str, weights: pl.DataFrame) -> None:
+    """Put the share of reasons that speak of an attribute beside the size of its preference, over communities."""
+    votes = ukpconvarg1.load(DATA, community=community, ties=False, min_votes=LEAST)  # type: ignore[arg-type]
+    votes = votes.filter(pl.col("community_id").is_not_null() & pl.col("reason").is_not_null())
+    said = {name: pl.col("reason").str.to_lowercase().str.contains(words) for name, words in MENTIONS.items()}
+    share = votes.group_by("community_id").agg(**{name: found.mean() for name, found in said.items()}, votes=pl.len())
+    whole = votes.select(**{name: found.mean() for name, found in said.items()}).row(0, named=True)
+    liked = {(r["community"], r["attribute"]): r for r in weights.filter(kind="preference").iter_rows(named=True)}
+    shown = Table(title=f"Reasons of {votes.height} votes: share that speaks of an attribute, and its preference",
+                  title_justify="left")  # fmt: skip
+    for head in (
+        "attribute",
+        "share of reasons",
+        "preference, all [95 %]",
+        "Spearman over communities: share, |preference|",
+    ):
+        shown.add_column(head)
+    for name in sorted(whole, key=lambda one: -whole[one]):
+        row = liked[("", name)]
+        mentioned = {r["community_id"]: r[name] for r in share.iter_rows(named=True)}
+        groups = sorted(group for group in mentioned if (group, name) in liked)
+        rank = spearman([mentioned[g] for g in groups], [abs(liked[g, name]["mean"]) for g in groups])
+        shown.add_row(name, f"{whole[name]:.1%}", f"{row['mean']:+.2f} [{row['ci_low']:+.2f}, {row['ci_high']:+.2f}]",
+                      f"{rank:+.2f} (n = {len(groups)})")  # fmt: skip
+    console.print(shown)
+    sizes = [abs(liked["", name]["mean"]) for name in whole]
+    both = spearman(list(whole.values()), sizes)
+    console.print(f"Over attributes: Spearman of share and |preference| {both:+.2f} (n = {len(whole)})")
+
+
+def spearman(one: list[float], other: list[float]) -> float:
+    """Rank correlation; NaN where nothing varies."""
+    return float(np.corrcoef(rankdata(one), rankdata(other))[0, 1]) if len(set(one)) > 1 else float("nan")
+
+
+def main(folder: Path, root: Path, community: str, seeds: tuple[int, ...]) -> None:
+    """Fit, print profiles with intervals, accuracy with and without attributes, and the reasons."""
+    predictors_on_arguments(folder)
+    asked = Experiment(
+        data=partial(table, community), encoder=partial(encoders.load, "minilm"), name="attribute_attention",
+        data_name=f"ukpconvarg1 by {community}", seeds=seeds,
+        **{**FAMILIES["attribute_attention"], "attributes": partial(predicted, str(folder))},
+    )  # fmt: skip
+    found = run(asked, root=root)
+    weights = over_seeds(found.folder.table("attribute_weights"))
+    console.print(profile_table(weights), markup=False, highlight=False)
+    metrics = found.folder.table("metrics").filter(pl.col("metric").is_in(["accuracy", "nll", "attribute_gain"]))
+    own = metrics.filter(pl.col("model") == "attribute_attention", pl.col("community").is_null())
+    for row in own.sort("cell", "shots").iter_rows(named=True):
+        console.print(f"{row['cell']}@{row['shots']} {row['control'] or ''} {row['metric']} {row['value']:.4f} "
+                      f"[{row['ci_low']:.4f}, {row['ci_high']:.4f}]", highlight=False)  # fmt: skip
+    reasons(community, weights)
+    spread = np.abs(weights.filter(kind="preference")["mean"].to_numpy()).mean()
+    console.print(f"Mean |preference| {spread:.2f}. Next: pluralprefs profile {found.folder.path}", markup=False)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", type=Path, default=Path("palette"), help="of the predictors (`make palette`)")
+    parser.add_argument("--root", type=Path, default=Path("runs"), help="of run folders")
+    parser.add_argument("--community", default="debate", choices=("debate", "worker_stance"))
+    parser.add_argument("--seeds", default="0", help="comma-separated")
+    given = parser.parse_args()
+    main(given.folder, given.root, given.community, tuple(int(seed) for seed in given.seeds.split(",")))
