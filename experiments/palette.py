@@ -7,6 +7,11 @@ head an attribute on MiniLM -> the attribute model on 20 communities with random
 texts use all of the lexicon's phrases -> profiles, beside the truth. A weight is the log-odds between the middle
 level and a pole. What measured scores attenuate, no number of comparisons brings back: intervals are therefore judged
 against the pseudo-truth, the same model fitted to a hundred times the comparisons of the same communities.
+
+Result (2026-11-21, seed 0, 2 CPU cores, heads of `pluralprefs attributes train` with its defaults; 2,000 comparisons a
+community, of which 64 % are trained on): Spearman over the attributes of preference and true weight, median 0.961 and
+worst of 20 communities 0.905; attention and |weight| 0.089 and -0.265; ablation and |weight| 0.833 and 0.589. Intervals
+hold the truth in 87.4 % of cells. Coverage of the pseudo-truth: not measured yet.
 """
 
 from __future__ import annotations
@@ -24,7 +29,7 @@ from rich.table import Table
 from scipy.stats import rankdata
 
 from pluralprefs import attributes_cli, encoders
-from pluralprefs.attributes.source import predicted
+from pluralprefs.attributes.source import PREDICTORS, predicted
 from pluralprefs.data.lexicon import palette, palette_world
 from pluralprefs.data.simulate import World
 from pluralprefs.experiment import FAMILIES, Experiment, Prepared, fit_seed, prepare
@@ -40,7 +45,9 @@ console = Console(width=140, soft_wrap=True)
 
 
 def predictors(folder: Path) -> None:
-    """The four commands that end in predictors; a second time the teacher's answers come from the cache."""
+    """The four commands that end in predictors, unless the folder has them."""
+    if (folder / PREDICTORS).is_file():
+        return
     attributes_cli.rewrite(folder=folder)
     attributes_cli.verify(folder=folder)
     attributes_cli.pairs(folder=folder)

@@ -282,8 +282,9 @@ def _fit(
         base, notes = tempered_population(model, prepared.features, rows, pooled, validation)
     else:
         notes: dict[str, Any] = {"epochs": experiment.epochs}
+        joint = users if not linear and "user" in experiment.users.levels else 0  # trained beside the model
         base = gradient_base(
-            model, prepared.features, rows, pooled, users=0 if linear else users, likelihood=experiment.likelihood,
+            model, prepared.features, rows, pooled, users=joint, likelihood=experiment.likelihood,
             reduction=experiment.reduction, optimizer=experiment.optimizer(), epochs=experiment.epochs,
             batch_size=_batch_size(experiment.batch_size, len(rows.target)), seed=seed, validation=validation,
             notes=notes, checkpoints=checkpoints and checkpoints / stage, report=report,

@@ -92,8 +92,9 @@ class AttributeAttention:
     def reward(self, user: dict[str, Array], item: Item) -> Float[Array, ""]:
         embeddings, mask = self._attributes(item)
         weights = self.attribute_weights(user, item)
-        values = embeddings if self.paper else jnp.einsum("ad,adh->ah", embeddings, self.value)
-        reward = self.head @ (_wide(item.embedding) + self.gain * (weights @ values))
+        # head . V_i e_i as (V_i' head) . e_i: the sum over h is the same for all responses, not one for each
+        shown = self.head[None, :] if self.paper else jnp.einsum("adh,h->ad", self.value, self.head)
+        reward = self.head @ _wide(item.embedding) + self.gain * (weights @ jnp.sum(embeddings * shown, axis=1))
         if self.paper:
             return reward
         return reward + jnp.sum(jnp.where(mask, user["preference"] * embeddings[:, 0], 0.0))
