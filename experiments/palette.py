@@ -31,7 +31,7 @@ from scipy.stats import rankdata
 
 from pluralprefs import attributes_cli, encoders
 from pluralprefs.attributes.source import PREDICTORS, predicted
-from pluralprefs.data.lexicon import palette, palette_world
+from pluralprefs.data.lexicon import attributes, palette, palette_world
 from pluralprefs.data.simulate import World
 from pluralprefs.experiment import FAMILIES, Experiment, Prepared, fit_seed, prepare
 from pluralprefs.launch import run
@@ -52,7 +52,7 @@ def predictors(folder: Path) -> None:
     attributes_cli.rewrite(folder=folder)
     attributes_cli.verify(folder=folder)
     attributes_cli.pairs(folder=folder)
-    attributes_cli.train(folder=folder)
+    attributes_cli.train(folder=folder, neutral=True)
 
 
 def experiment(folder: Path, **parts: object) -> Experiment:
@@ -153,7 +153,7 @@ def main(folder: Path, root: Path, *, judge_intervals: bool) -> None:
     asked, world = experiment(folder), palette_world(COMMUNITIES, MEMBERS, EACH, SEED, phrases=PHRASES)
     fitted = run(asked, root=root)
     names = fitted.attributes.names
-    order = [sorted(set(names)).index(name) for name in names]
+    order = [attributes().index(name) for name in names]
     truth = world.truth["community"][:, order]
     pseudo = None
     if judge_intervals:

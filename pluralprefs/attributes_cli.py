@@ -195,6 +195,9 @@ def train(
     encoder: Annotated[str, typer.Option(help='"minilm", a folder or a Hugging Face id.')] = "minilm",
     hidden: Annotated[int, typer.Option(help="Units of a hidden layer; 0 for linear heads.")] = 0,
     width: Annotated[int, typer.Option(help="Size of an attribute's embedding.")] = 8,
+    neutral: Annotated[
+        bool, typer.Option("--neutral", help="The responses themselves say nothing on any attribute (the lexicon's).")
+    ] = False,
     seed: Annotated[int, typer.Option(help="Of the start of hidden layers.")] = 0,
     debug: Debug = False,
 ) -> None:
@@ -208,7 +211,9 @@ def train(
     names = attributes.split(",") if attributes else None
     embed = embedder(encoder)
     layers = (hidden,) if hidden else ()
-    found = fit_predictors(table, embed, encoder=encoder, names=names, hidden=layers, width=width, seed=seed)
+    found = fit_predictors(
+        table, embed, encoder=encoder, names=names, hidden=layers, width=width, neutral=neutral, seed=seed
+    )
     rows = accuracy(found, table, embed)
     found.save(folder / "predictors.safetensors")
     _write(folder, accuracy=rows)

@@ -183,20 +183,28 @@ def profile(
     community: Annotated[str | None, typer.Option(help="One community; all by default.")] = None,
     user: Annotated[str | None, typer.Option(help='A user of the training data, or "all"; needs kept rows.')] = None,
     users: Annotated[Path | None, typer.Option(help="User states of `adapt`, from --community.")] = None,
-    kind: Annotated[str, typer.Option(help="preference, attention, ablation or shapley.")] = "preference",
+    kind: Annotated[
+        str, typer.Option(help="preference, attention; of communities ablation, shapley (six attributes or fewer).")
+    ] = "preference",
+    seed: Seed = None,
     out: Annotated[Path | None, typer.Option(help="Where all rows go (.jsonl, .csv, .parquet); else printed.")] = None,
     json: Annotated[bool, typer.Option("--json", help="All rows as JSON lines.")] = False,
     debug: Annotated[bool, typer.Option(help="Show tracebacks.")] = False,
 ) -> None:
     """What each community (or user) likes, looks at, and would miss, by attribute, with 95 % intervals."""
+    import polars as pl
+
     from pluralprefs.data.files import write_frame
     from pluralprefs.profiles import over_seeds, profile_table
     from pluralprefs.registry import open_run
 
+    if user is not None and (users is not None or community is not None):
+        raise ValueError("--user names somebody of the training data: leave --users and --community out")
     if user is not None or users is not None:
-        rows = _user_profiles(run, user, users, community)
+        rows = _user_profiles(run, user, users, community, seed)
     else:
-        rows = over_seeds(open_run(run).table("attribute_weights"))
+        rows = open_run(run).table("attribute_weights")
+        rows = over_seeds(rows if seed is None else rows.filter(pl.col("seed") == seed))
         if community is not None:
             rows = rows.filter(community=community)
         if not rows.height:
@@ -208,15 +216,19 @@ def profile(
         say(rows.write_ndjson().rstrip() if json else profile_table(rows, kind))
 
 
-def _user_profiles(run: Path, user: str | None, users: Path | None, community: str | None) -> Any:
+def _user_profiles(run: Path, user: str | None, users: Path | None, community: str | None, seed: int | None) -> Any:
     """Profiles of adapted users, or of those of the training data."""
-    loaded = _load(run, None)
+    import polars as pl
+
+    loaded = _load(run, seed)
+    if users is not None and community is None and bool((loaded.users.community_root > 0).any()):
+        raise ValueError('--users: name the community that they were adapted in with --community ("" for none)')
     if users is not None:
-        return loaded.profile(loaded.load_users(users), community=community)
+        return loaded.profile(loaded.load_users(users), community=community or None)
     rows = loaded.profile()
     if user == "all":
         return rows
-    rows = rows.filter(user=loaded.known_as(user or ""))
+    rows = rows.filter(pl.col("user").is_in([user, loaded.known_as(user or "")]))
     if not rows.height:
         raise ValueError(f"--user {user}: is no user of the training data that the run kept")
     return rows

@@ -7,6 +7,7 @@ import shutil
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,8 @@ import jax
 import numpy as np
 import polars as pl
 
-from pluralprefs.attributes.source import predicted
+from pluralprefs.attributes.source import Predicted, predicted
+from pluralprefs.attributes.source import restore as restore_source
 from pluralprefs.contrasts import controls
 from pluralprefs.data import comparisons
 from pluralprefs.describe import describe, override, resolve
@@ -81,6 +83,9 @@ def resume(
         return load(folder.path)
     content = folder.read()
     experiment = resolve(content["experiment"])
+    kept = restore_source(folder.path)
+    if isinstance(kept, Predicted):  # not those that the folder of predictors may hold by now
+        experiment = replace(experiment, attributes=lambda: kept)
     prepared = prepare(experiment, table, progress=progress)
     if fingerprint(prepared.table) != content["data_fingerprint"]:
         raise comparisons.DataError(f"{folder.path}: the data of {experiment.data_name!r} have changed since this run "

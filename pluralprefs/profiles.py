@@ -40,6 +40,7 @@ from pluralprefs.users import Deviation, Users, deviating_log_odds, gather, neut
 
 NORMAL = 1.959964
 FEW = 6  # attributes whose every subset is tried
+RCOND = 1e-4  # scores are float32: what they do not tell apart is not divided by
 SLOPE_ROWS = 4096  # comparisons that a slope is taken over, at most
 SCHEMA = {
     "community": pl.String, "user": pl.String, "attribute": pl.String, "kind": pl.String, "mean": pl.Float64,
@@ -73,7 +74,8 @@ def user_weights(
 ) -> pl.DataFrame:  # fmt: skip
     """Profile users, each (number of the community or -1, posterior, comparisons behind it): preference and attention.
 
-    The interval of a preference holds the user's posterior, the community's and the shared parameters' variance.
+    The interval of a preference holds the user's posterior, the community's and the shared parameters' variance: it is
+    too wide rather than too narrow, for what a user's own comparisons say of the community is counted twice.
     Attention is over the responses of the training rows. Raises TypeError for a family without attributes.
     """
     _require_attributes(fitted.model, items)
@@ -87,7 +89,7 @@ def user_weights(
                            posterior.mean.state)  # fmt: skip
         alpha = np.asarray(_alpha(fitted.model, own, responses))
         place = {"community": communities[community] if community >= 0 else "", "user": name}
-        half = NORMAL * np.sqrt(spread + around[community][1])
+        half = NORMAL * np.sqrt(spread + np.nan_to_num(around[community][1]))
         error = NORMAL * alpha.std(0) / np.sqrt(len(alpha))
         for at in range(len(attributes)):
             found.append((at, _row(place, "preference", value[at], half[at], n)))
@@ -144,11 +146,13 @@ def slopes(
     """Slope of the log-odds on each attribute's score difference, and its variance, under a user's posterior.
 
     Least squares over the rows of `sample`, all attributes at once; the user departs from `community` (-1: from the
-    population). An attribute whose scores never differ has slope 0.
+    population). An attribute whose scores never differ has slope 0; collinear attributes share theirs.
     """
     score = np.asarray(_scores(items), np.float64)
     difference = score[np.asarray(sample.first)] - score[np.asarray(sample.second)]
-    inverse = jnp.asarray(np.linalg.pinv(difference), jnp.float32)
+    spread = difference.std(0)
+    spread = np.where(spread > 0, spread, 1.0)
+    inverse = jnp.asarray(np.linalg.pinv(difference / spread, rcond=RCOND) / spread[:, None], jnp.float32)
     found, spread = _slopes(model, users, gathered(items, jax.tree.map(jnp.asarray, sample)), inverse,
                             posterior.replace(base=""), jnp.asarray(community))  # fmt: skip
     return np.asarray(found, np.float64), np.asarray(spread, np.float64)
@@ -172,11 +176,14 @@ def _slopes(
 
 
 def community_slopes(fitted: Fitted, items: Item, count: int) -> list[Slopes]:
-    """Slopes of the population (first, variance of the shared parameters alone) and of each community."""
+    """Slopes of the population (first, variance of the shared parameters alone) and of each community.
+
+    The population's variance is NaN where no halves of the users could be compared: it is unknown, not zero.
+    """
     sample, neither = _sample(fitted.rows), _point(fitted.model)
     shared = fitted.notes.get("preference_variance", {})
     value, none = slopes(fitted.model, fitted.users, items, sample, neither)
-    found = [(value, none + shared.get("population", 0.0))]
+    found = [(value, none + shared.get("population", np.nan))]
     alone, posteriors = community_posteriors(fitted, items, count)
     size = fitted.users.user_root.shape[0]
     anyone = UserPosterior(neutral(fitted.model), Covariance(fitted.users.user_root, jnp.zeros((0, size))))
@@ -194,7 +201,8 @@ def _shares(rows: Rows, community: int) -> Float[np.ndarray, " users"]:
     A community is known through its members: its slope holds the members' deviations in these shares.
     """
     users = np.asarray(rows.user)[np.asarray(rows.community) == community]
-    count = np.unique(users, return_counts=True)[1]
+    known = np.unique(users[users >= 0], return_counts=True)[1]
+    count = np.concatenate([known, np.ones((users < 0).sum(), int)])  # a row without a user is somebody's alone
     return count / max(len(users), 1)
 
 
@@ -344,4 +352,5 @@ def _table(found: Sequence[tuple[int, dict[str, Any]]], attributes: Sequence[str
 
 def _row(place: Mapping[str, str], kind: str, mean: float, half: float, n: int | None) -> dict[str, Any]:
     mean, half = float(mean), float(half)
-    return {**place, "kind": kind, "mean": mean, "ci_low": mean - half, "ci_high": mean + half, "n": n}
+    low, high = (None, None) if np.isnan(half) else (mean - half, mean + half)
+    return {**place, "kind": kind, "mean": mean, "ci_low": low, "ci_high": high, "n": n}

@@ -10,7 +10,7 @@ import pytest
 from scipy.optimize import minimize
 
 from pluralprefs.attributes.accuracy import accuracy, wilson
-from pluralprefs.attributes.fitting import fit_predictors
+from pluralprefs.attributes.fitting import _draw_within, fit_predictors
 from pluralprefs.attributes.heads import Rows, fit_heads
 from pluralprefs.attributes.predictors import AttributePredictors
 from pluralprefs.attributes.sentences import kernel, read, sentences
@@ -153,10 +153,11 @@ def test_an_embedding_begins_with_the_score_and_adds_what_the_score_lacks(fitted
     assert predictors.embeddings(features[:0]).shape == (0, 3, 8)
 
 
-def test_a_head_learns_to_leave_what_other_attributes_say_alone():
+@pytest.mark.parametrize("neutral", [False, True])
+def test_a_head_learns_to_leave_what_other_attributes_say_alone(neutral):
     """Texts that express two attributes: scores follow their own attribute, and much less the other."""
     pairs = table()
-    predictors = fit_predictors(pairs, encode, widths=())
+    predictors = fit_predictors(pairs, encode, widths=(), neutral=neutral)
     for column, name in enumerate(NAMES):
         other = NAMES[(column + 1) % 3]
         own = predictors.scores(encode([f"new{r}|{name}|{level}" for r in range(8) for level in (0, 4)]))[:, column]
@@ -164,6 +165,16 @@ def test_a_head_learns_to_leave_what_other_attributes_say_alone():
         moved, leaked = (own[1::2] - own[::2]).mean(), np.abs((rest[1::2] - rest[::2]).mean())
         assert moved > 1.2
         assert leaked < 0.1 * moved
+
+
+def test_texts_at_rest_are_of_one_response_unless_responses_are_neutral():
+    pairs = table(responses=4).filter(split="train")
+    place = {text: row for row, text in enumerate(every_text(pairs))}
+    of = {row: text.split("|")[:2] for text, row in place.items()}
+    within = _draw_within(pairs, "humor", place, np.random.default_rng(0))
+    assert len(within) >= 3000
+    assert all(of[a][0] == of[b][0] for a, b in within)
+    assert all("humor" not in (of[a][1], of[b][1]) for a, b in within)
 
 
 def words(sentences):

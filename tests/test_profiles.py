@@ -123,7 +123,7 @@ def test_an_interval_holds_what_members_and_shared_parameters_leave_open():
     user = UserPosterior(neutral(fitted.model), Covariance(fitted.users.user_root, jnp.zeros((0, 7))))
     _, spread = slopes(fitted.model, fitted.users, x, fitted.rows, user, 0)
     np.testing.assert_allclose(half_width(found, "cats"), 1.959964 * np.sqrt(spread / 2), rtol=1e-2)
-    assert half_width(found, "").max() == 0.0
+    assert found.filter(community="", kind="preference")["ci_low"].is_null().all()  # unknown, not certain
     other = Fitted(fitted.model, fitted.users.replace(population=fitted.users.population | {
         "preference": fitted.users.population["preference"] + jnp.asarray([0.2, 0.2, 0.2])}), fitted.rows)  # fmt: skip
     shared = preference_variance([fitted, other], x, 2)
@@ -131,6 +131,15 @@ def test_an_interval_holds_what_members_and_shared_parameters_leave_open():
     fitted.notes["preference_variance"] = shared
     again = attribute_weights(fitted, x, fitted.rows, ("cats", "dogs"), NAMES)
     np.testing.assert_allclose(half_width(again, ""), 1.959964 * 0.15, rtol=1e-3)
+
+
+def test_collinear_attributes_share_their_slope():
+    fitted, x = fitted_and_items()
+    score = x.attributes[:, 0, 0]
+    twin = x.replace(attributes=x.attributes.at[:, 1, 0].set(score * (1 + 1e-7)))
+    found = of(attribute_weights(fitted, twin, fitted.rows, ("cats", "dogs"), NAMES), "", "preference")
+    assert np.abs(found).max() < 10
+    assert found[0] == pytest.approx(found[1], rel=1e-2)
 
 
 def test_a_user_has_a_profile_as_wide_as_what_is_known():

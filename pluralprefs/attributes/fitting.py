@@ -3,7 +3,8 @@
 Beside the ordered pairs of one response's rewrites a head learns from two kinds of pairs that counterfactuals imply:
 
 across   rewrites of different responses: the higher level is higher whatever was rewritten; equal levels are equal
-at rest  rewrites at levels of OTHER attributes: they were asked to leave this one alone, so they stand equal on it
+at rest  rewrites of a response at levels of OTHER attributes: they were asked to leave this one alone, so they stand
+         equal on it; where responses are neutral themselves, those of different responses do too
 
 Without them a head orders the rewrites of one response, yet answers to what other attributes say and to the topic: on
 texts that express several attributes at once its scores hardly followed the levels (LOG.md).
@@ -68,6 +69,7 @@ class Data(NamedTuple):
     everything: Pairs
     levels: list[tuple[np.ndarray, np.ndarray]]
     checks: list[tuple[np.ndarray, np.ndarray]]
+    neutral: bool
 
 
 class Pairs(NamedTuple):
@@ -91,17 +93,20 @@ def fit_predictors(
     strengths: Sequence[float] = STRENGTHS,
     widths: Sequence[float] = WIDTHS,
     width: int = WIDTH,
+    neutral: bool = False,
     seed: int = 0,
 ) -> AttributePredictors:
     """Fit predictors on the training and validation splits of `pairs.ordered_pairs`.
 
     embed: texts to the features of `encoder`, [texts, dim]. names: the attributes, in the order wanted; by default all
     of the pairs, sorted. hidden: () for linear heads, (units,) for a hidden layer. widths: of the kernel over sentences
-    to choose from; () reads the embedding of the whole text. width: of an attribute's embedding. Raises ValueError for
+    to choose from; () reads the embedding of the whole text. width: of an attribute's embedding. neutral: whether the
+    responses themselves are in the middle of every attribute, as the lexicon's answers are: then rewrites at rest are
+    equal whatever was rewritten, and not of one response alone. Raises ValueError for
     an attribute without training pairs.
     """
     options = {"hidden": tuple(hidden), "seed": seed}
-    grid = [_prepare(pairs, embed, names, one, seed) for one in (widths or (None,))]
+    grid = [_prepare(pairs, embed, names, one, neutral, seed) for one in (widths or (None,))]
     chosen = [_choose(data, strengths, options, always=len(grid) > 1) for data, _ in grid]
     best = int(np.argmin([nats for _, nats in chosen]))
     (data, maps), strength = grid[best], chosen[best][0]
@@ -118,7 +123,7 @@ def fit_predictors(
 
 
 def _prepare(
-    pairs: pl.DataFrame, embed: Embed, names: Sequence[str] | None, width: float | None, seed: int
+    pairs: pl.DataFrame, embed: Embed, names: Sequence[str] | None, width: float | None, neutral: bool, seed: int
 ) -> tuple[Data, Features | None]:
     chosen = tuple(names) if names is not None else tuple(sorted(pairs["attribute"].unique()))
     known = pairs.filter(pl.col("split").is_in([TRAIN, VALIDATION]) & pl.col("attribute").is_in(chosen))
@@ -132,15 +137,15 @@ def _prepare(
     scale = float(np.sqrt(((raw - centre) ** 2).sum(1).mean())) or 1.0
     place = {text: row for row, text in enumerate(texts)}
     train, validation, everything = (
-        _pairs(known.filter(pl.col("split").is_in(part)), chosen, place, seed)
+        _pairs(known.filter(pl.col("split").is_in(part)), chosen, place, neutral, seed)
         for part in ([TRAIN], [VALIDATION], [TRAIN, VALIDATION])
     )
     features, levels = (raw - centre) / np.float32(scale), _levels(known, chosen, place)
     checks = _levels(known.filter(pl.col("split") == VALIDATION), chosen, place)
-    return Data(chosen, features, centre, scale, train, validation, everything, levels, checks), maps
+    return Data(chosen, features, centre, scale, train, validation, everything, levels, checks, neutral), maps
 
 
-def _pairs(known: pl.DataFrame, names: tuple[str, ...], place: dict[str, int], seed: int) -> Pairs:
+def _pairs(known: pl.DataFrame, names: tuple[str, ...], place: dict[str, int], neutral: bool, seed: int) -> Pairs:
     """Pairs of all kinds; those across and at rest are drawn for each attribute from its name."""
     ordered: list[list[tuple[int, int]]] = []
     across: list[list[tuple[int, int]]] = []
@@ -160,7 +165,8 @@ def _pairs(known: pl.DataFrame, names: tuple[str, ...], place: dict[str, int], s
         rest = np.concatenate(others) if others else np.zeros(0, int)
         above, same = _across(text, level, trained, draw)
         across.append(above)
-        equal.append(same + [(a, b) for a, b in _draw(rest, AT_REST, draw) if a != b])
+        drawn = _draw(rest, AT_REST, draw) if neutral else _draw_within(known, name, place, draw)
+        equal.append(same + [(a, b) for a, b in drawn if a != b])
     return Pairs(ordered, across, equal)
 
 
@@ -176,6 +182,17 @@ def _across(
         elif level[a] == level[b] and text[a] != text[b]:
             same.append((int(text[a]), int(text[b])))
     return above, same
+
+
+def _draw_within(
+    known: pl.DataFrame, name: str, place: dict[str, int], draw: np.random.Generator
+) -> list[tuple[int, int]]:
+    """Draw pairs of rewrites of one response at other attributes."""
+    sides = [known.select("attribute", "response_id", text=f"{side}_text") for side in ("low", "high")]
+    others = pl.concat(sides).filter(pl.col("attribute") != name).unique().sort("response_id", "attribute", "text")
+    groups = [[place[text] for text in part["text"]] for _, part in others.group_by("response_id", maintain_order=True)]
+    each = -(-AT_REST // max(len(groups), 1))
+    return [pair for rows in groups for pair in _draw(np.array(rows), each, draw)]
 
 
 def _draw(rows: np.ndarray, count: int, draw: np.random.Generator) -> list[tuple[int, int]]:
@@ -203,11 +220,12 @@ def _choose(
 def _loss(data: Data, heads: Heads, attribute: int) -> float:
     """Share of the variance of an attribute's scores that levels do not explain, over all validation rewrites.
 
-    Rewrites of other attributes are at this one's middle. Scale-free, since scores are calibrated afterwards: nats
-    would choose heads that say little, for they are never surely wrong in a new phrase.
+    Rewrites of other attributes are at this one's middle where responses are neutral, else left out. Scale-free, since
+    scores are calibrated afterwards: nats would choose heads that say little, for they are never surely wrong in a new
+    phrase.
     """
     text, level = data.checks[attribute]
-    others = [rows for other, (rows, _) in enumerate(data.checks) if other != attribute]
+    others = [rows for other, (rows, _) in enumerate(data.checks) if other != attribute and data.neutral]
     rows = np.concatenate([text, *others])
     wanted = np.concatenate([(level - 2) / 2, np.zeros(len(rows) - len(text))])
     reward = _phi(data.features, heads, attribute)[rows] @ heads.weight[attribute]
