@@ -564,5 +564,5 @@ def test_the_lexicon_teacher_says_nothing_where_it_knows_nothing():
     assert "attribute 'spiciness'" in answer.failure
     assert lexicon.ask(Preserved("Rest. Then run.", "Sell everything.")).score == 0
     assert len({LexiconTeacher(p, s).name for p in ("train", "heldout") for s in (0, 1)}) == 4
-    with pytest.raises(ValueError, match="use 'train', 'heldout' or 'all'"):
+    with pytest.raises(ValueError, match="use one of train, fit, validation, heldout, all"):
         LexiconTeacher("test")
