@@ -22,7 +22,19 @@ from pluralprefs.adapt import (
     predict,
     solve_items,
 )
-from pluralprefs.fitting import Fitted, Rows, at, buckets, gathered, latents, padded, row_log_odds, step_up, strangers
+from pluralprefs.fitting import (
+    Fitted,
+    Rows,
+    at,
+    buckets,
+    gathered,
+    latents,
+    one_blas_thread,
+    padded,
+    row_log_odds,
+    step_up,
+    strangers,
+)
 from pluralprefs.newton import Judgements
 from pluralprefs.types import Item, LinearInUser, UserPosterior
 from pluralprefs.users import Deviation, Users, gather, ravel
@@ -43,6 +55,7 @@ def _predict(model: Any, users: Users, items: Item, posterior: UserPosterior, qu
     return jax.vmap(unit)(posterior, query)
 
 
+@one_blas_thread
 def adapt_and_predict(
     model: Any,
     users: Users,
@@ -159,6 +172,7 @@ def predict_seen(fitted: Fitted, items: Item, query: Rows) -> tuple[np.ndarray, 
     return adapt_and_predict(fitted.model, fitted.users, items, support, np.asarray(support.user), query, unit)
 
 
+@one_blas_thread
 def adapt_units(
     model: Any, users: Users, items: Item, support: Rows, unit: np.ndarray, *,
     adapter: Callable[..., UserPosterior] = laplace_user,

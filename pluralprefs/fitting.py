@@ -27,6 +27,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
+from threadpoolctl import threadpool_limits
 
 from pluralprefs.adapt import solve_items, solve_many, solve_rows
 from pluralprefs.newton import ROUNDS, Judgements, Solution
@@ -38,6 +39,10 @@ MANY_ITEMS = 2048  # distinct items of one unit beyond which its system is one o
 LARGE = 512  # comparisons of one unit beyond which it is solved through its distinct items
 FLOATS_AT_ONCE = 2**24
 FLOOR = 1e-6  # a variance of zero could not grow again
+CERTAIN = 30.0  # log-odds that a prior's standard deviation moves, at most: users of pure types would make it infinite
+# On CPU each small matrix of a batch is a call of BLAS, whose own threads then wait for each other in busy loops: where
+# other work shares the cores, up to a hundred times as long. XLA has its own threads for the batch.
+one_blas_thread = threadpool_limits.wrap(limits=1, user_api="blas")
 Rows = Comparisons[Any]
 
 
@@ -241,6 +246,7 @@ def _step(n: int, unit: int = 1024) -> int:
     return -(-max(n, 1) // unit) * unit
 
 
+@one_blas_thread
 def solve_level(
     model: RewardModel, users: Users, items: Item, rows: Rows, unit: Int[np.ndarray, " rows"], count: int,
     root: np.ndarray, *, care: bool = False,
@@ -337,6 +343,13 @@ def updated_root(root: np.ndarray, moments: Moments, names: tuple[str, ...]) -> 
     return new
 
 
+def _at_most(root: np.ndarray, most: np.ndarray) -> np.ndarray:
+    """The root with each coordinate's standard deviation at most that of `most`, where that is not zero."""
+    deviation = np.abs(root) if root.ndim == 1 else np.sqrt((root**2).sum(1))
+    shrink = np.where(most > 0, np.minimum(1.0, most / np.maximum(deviation, 1e-30)), 1.0).astype(np.float32)
+    return root * (shrink if root.ndim == 1 else shrink[:, None])
+
+
 def fit_strength(
     model: RewardModel, users: Users, items: Item, rows: Rows, unit: np.ndarray, count: int, root: np.ndarray,
     *, rounds: int, care: bool = False,
@@ -346,10 +359,11 @@ def fit_strength(
     The units' posteriors and the prior alternate until the root moves by less than 2 %, at most `rounds` times.
     """
     names = part_names(neutral(model))
+    most = initial_root(model, users, items, rows, CERTAIN)
     solve = partial(solve_level, model, users, items, rows, unit, count, care=care)
     moments = solve(root)
     for _ in range(rounds):
-        new = updated_root(root, moments, names)
+        new = _at_most(updated_root(root, moments, names), most)
         moved = np.abs(new - root).max() / max(np.abs(root).max(), 1e-9)
         root = new
         moments = solve(root)

@@ -3,12 +3,15 @@
 `newton` works on latent values (a row's log-odds shift, or a distinct item's reward) and solves whichever system is
 smaller: one unknown per coordinate (primal) or one per latent value (dual). `newton_by_coordinates` is for units with
 more rows than coordinates: its sums over rows never make anything of size [rows, rows]. Both step to the mode, then
-take `ROUNDS` of moments; see `adapt`.
+take `ROUNDS` of moments; see `adapt`. No step raises the objective and no round lowers the bound of the evidence (by
+more than `LITTLE`): where a prior is so wide that a mixture saturates, whole steps run away and end in NaN, which no
+comparison accepts.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -21,8 +24,10 @@ from pluralprefs.types import Comparisons
 
 STEPS = 8
 ROUNDS = 2  # of the moments; more change a strength by less than 1 %
-_NODES, _MASSES = np.polynomial.hermite_e.hermegauss(12)
-QUADRATURE = tuple(zip(_NODES.tolist(), (_MASSES / _MASSES.sum()).tolist(), strict=True))  # of a standard normal
+LENGTHS = (1.0, 0.5, 0.125)  # of a step, in Newton's
+LITTLE = 0.01  # nats: near their end rounds move the bound by less, up or down
+_NODES, _MASSES = (x.astype(np.float32) for x in np.polynomial.hermite_e.hermegauss(12))
+_MASSES = _MASSES / _MASSES.sum()  # quadrature of a standard normal
 
 
 @struct.dataclass
@@ -71,8 +76,8 @@ def newton(
     """Find the posterior of a whitened deviation under a unit Gaussian prior, by damped Gauss-Newton.
 
     `values` gives the latent values at a deviation; `jacobian` their derivatives, an array where they are constant.
-    A step is the best of 1, 1/2 and 1/4 of Newton's; iteration stops when the mode has settled or after `steps`. Then
-    `rounds` of moments follow (see the module).
+    A step is the best of `LENGTHS`, or none; iteration stops when the mode has settled or after `steps`. Then `rounds`
+    of moments follow (see the module).
     """
     constant = None if callable(jacobian) else jacobian
     gram = None if constant is None else _gram(constant)
@@ -81,31 +86,66 @@ def newton(
     def objective(beta: Vector) -> Float[Array, ""]:
         return jnp.sum(_nats(_logits(values(beta), rows), rows)) + 0.5 * beta @ beta
 
-    def step(carry: tuple) -> tuple:
-        i, beta, _ = carry
+    def propose(beta: Vector) -> Vector:
         a = at(beta)
         gradient, curvature = _curvature(_logits(values(beta), rows), rows, a.shape[0])
-        proposal = _solve(a, gram, curvature, curvature @ (a @ beta) + gradient)
-        trials = jnp.stack([beta + t * (proposal - beta) for t in (1.0, 0.5, 0.25)])
-        new = trials[jnp.argmin(jax.vmap(objective)(trials))]
-        return i + 1, new, jnp.max(jnp.abs(new - beta))
+        return _solve(a, gram, curvature, curvature @ (a @ beta) + gradient)
 
-    start = (0, jnp.zeros(size), jnp.asarray(jnp.inf))
-    _, mean, _ = jax.lax.while_loop(lambda carry: (carry[0] < steps) & (carry[2] > 1e-4), step, start)
+    mean = _descend(propose, jax.vmap(objective), size, steps)
     a = at(mean)
     gradient, curvature = _curvature(_logits(values(mean), rows), rows, a.shape[0])
     _, covariance, precision, determinant = _posterior(a, gram, curvature, gradient)
     if not rounds:
         return Solution(mean, a, precision, -objective(mean) - 0.5 * determinant)
-    for _ in range(rounds):
-        a = at(mean)
-        gradient, curvature = _curvature(_logits(values(mean), rows), rows, a.shape[0], _row_variance(covariance, rows))
+
+    def bound(mean: Vector, covariance: Array, curvature: Array, determinant: Array) -> Array:
+        logits, deviation = _logits(values(mean), rows), jnp.sqrt(_row_variance(covariance, rows))
+        nats = _MASSES @ jax.vmap(lambda node: _nats(logits + node * deviation, rows))(_NODES)
+        known = jnp.sum(curvature * covariance)  # size minus the trace of the whitened covariance
+        return -jnp.sum(nats) - 0.5 * (mean @ mean - known + determinant)
+
+    def again(best: tuple[Solution, Array], _: Any) -> tuple[tuple[Solution, Array], None]:
+        (mean, *_), covariance = best
+        a, spread = at(mean), _row_variance(covariance, rows)
+        gradient, curvature = _curvature(_logits(values(mean), rows), rows, a.shape[0], spread)
         target = curvature @ (a @ mean) + gradient
         mean, covariance, precision, determinant = _posterior(a, gram, curvature, target)
-    logits, deviation = _logits(values(mean), rows), jnp.sqrt(_row_variance(covariance, rows))
-    nats = sum(mass * _nats(logits + node * deviation, rows) for node, mass in QUADRATURE)
-    known = jnp.sum(curvature * covariance)  # size minus the trace of the whitened covariance
-    return Solution(mean, a, precision, -jnp.sum(nats) - 0.5 * (mean @ mean - known + determinant))
+        found = Solution(mean, a, precision, bound(mean, covariance, curvature, determinant)), covariance
+        return _better(found, best), None
+
+    best = Solution(mean, a, precision, bound(mean, covariance, curvature, determinant)), covariance
+    return jax.lax.scan(again, best, length=rounds)[0][0]
+
+
+def _descend(
+    propose: Callable[[Vector], Vector], objectives: Callable[[Float[Array, "trials size"]], Float[Array, " trials"]],
+    size: int, steps: int,
+) -> Vector:  # fmt: skip
+    """Go from zero to the mode by steps that never raise the objective; of equally good ones by the longest."""
+
+    def step(carry: tuple) -> tuple:
+        i, beta, lowest, _ = carry
+        proposal = propose(beta)
+        trials = jnp.stack([beta + t * (proposal - beta) for t in LENGTHS])
+        found = jnp.nan_to_num(objectives(trials), nan=jnp.inf)
+        best = trials[jnp.argmax(found <= jnp.min(found) + _rounding(lowest))]
+        new = jnp.where(jnp.min(found) <= lowest + _rounding(lowest), best, beta)
+        return i + 1, new, jnp.minimum(jnp.min(found), lowest), jnp.max(jnp.abs(new - beta))
+
+    start = jnp.zeros(size)
+    carry = (0, start, objectives(start[None, :])[0], jnp.asarray(jnp.inf))
+    return jax.lax.while_loop(lambda carry: (carry[0] < steps) & (carry[3] > 1e-4), step, carry)[1]
+
+
+def _better(found: tuple[Solution, Array], best: tuple[Solution, Array]) -> tuple[Solution, Array]:
+    """What was found, unless its bound is NaN or lower by more than settles nothing."""
+    lowest = best[0].evidence - LITTLE - _rounding(best[0].evidence)
+    return jax.tree.map(partial(jnp.where, found[0].evidence >= lowest), found, best)
+
+
+def _rounding(nats: Float[Array, ""]) -> Float[Array, ""]:
+    """What a sum of so many nats is not sure of."""
+    return 8 * jnp.finfo(nats.dtype).eps * (1 + jnp.abs(nats))
 
 
 def _posterior(
@@ -114,8 +154,8 @@ def _posterior(
 ) -> tuple[Vector, Float[Array, "latents latents"], Float[Array, "latents latents"], Float[Array, ""]]:  # fmt: skip
     """Solve (I + a' C a) x = a' target; return x, covariance K of the latent values, M (see Solution) and log det.
 
-    All from one factorisation and one solve: batched solves that run at once wait for each other's threads and hang on
-    CPU (jax 0.10; as many solves as cores), so no two in this module are independent of each other.
+    All from one factorisation, one solve after the other: batched solves that run at once wait for each other's threads
+    and hang on CPU (jax 0.10; as many solves as cores), so no two in this module are independent of each other.
     """
     latents, size = a.shape
     factors = jax.scipy.linalg.lu_factor(_inner(a, gram, curvature))
@@ -123,8 +163,9 @@ def _posterior(
     if latents < size:
         gram = a @ a.T if gram is None else gram
         both = jax.scipy.linalg.lu_solve(factors, jnp.concatenate([curvature, target[:, None]], axis=1))
-        precision = both[:, :-1]
-        return a.T @ both[:, -1], gram - gram @ precision @ gram, precision, determinant
+        gram, both = jax.lax.optimization_barrier((gram, both))
+        covariance = jax.scipy.linalg.lu_solve(factors, gram, trans=1)  # gram - gram M gram, which would cancel
+        return a.T @ both[:, -1], covariance, both[:, :-1], determinant
     solved = jax.scipy.linalg.lu_solve(factors, a.T)
     covariance = a @ solved
     return solved @ target, covariance, curvature - curvature @ covariance @ curvature, determinant
@@ -235,7 +276,8 @@ def row_nats(
     if covariance is None:
         return jnp.sum(_nats(logits, rows))
     deviation = jnp.sqrt(_spread(slope, covariance))
-    return sum((m * jnp.sum(_nats(logits + x * deviation, rows)) for x, m in QUADRATURE), start=jnp.zeros(()))
+    each = jax.lax.map(lambda node: jnp.sum(_nats(logits + node * deviation, rows)), jnp.asarray(_NODES))
+    return _MASSES @ each
 
 
 def _spread(slope: Float[Array, "rows size"], covariance: Float[Array, "size size"]) -> Float[Array, " rows"]:
@@ -251,13 +293,9 @@ def by_coordinates(
 ) -> Solution:
     """Newton and rounds of moments in the coordinates, as in `newton`."""
 
-    def step(carry: tuple) -> tuple:
-        i, beta, _ = carry
+    def propose(beta: Vector) -> Vector:
         gradient, curvature = sums(beta, None)
-        proposal = jnp.linalg.solve(jnp.eye(size) + curvature, curvature @ beta + gradient)
-        trials = jnp.stack([beta + t * (proposal - beta) for t in (1.0, 0.5, 0.25)])
-        new = trials[jnp.argmin(jax.lax.map(lambda b: nats(b, None) + 0.5 * b @ b, trials))]
-        return i + 1, new, jnp.max(jnp.abs(new - beta))
+        return jnp.linalg.solve(jnp.eye(size) + curvature, curvature @ beta + gradient)
 
     def settle(mean: Vector, covariance: Array | None) -> tuple[Vector, Float[Array, "size size"], Float[Array, ""]]:
         """Newton's mean, the covariance, and the log determinant of its inverse, under the curvature at a posterior."""
@@ -267,14 +305,21 @@ def by_coordinates(
         solved = jax.scipy.linalg.lu_solve(factors, jnp.concatenate([jnp.eye(size), target], axis=1))
         return solved[:, -1], solved[:, :-1], jnp.sum(jnp.log(jnp.abs(jnp.diagonal(factors[0]))))
 
-    start = (0, jnp.zeros(size), jnp.asarray(jnp.inf))
-    _, mean, _ = jax.lax.while_loop(lambda carry: (carry[0] < steps) & (carry[2] > 1e-4), step, start)
+    def solution(mean: Vector, covariance: Array, evidence: Array) -> Solution:
+        return Solution(mean, jnp.eye(size), jnp.eye(size) - covariance, evidence)
+
+    def bounded(mean: Vector, covariance: Array, determinant: Array) -> tuple[Solution, Array]:
+        known = size - jnp.trace(covariance)
+        evidence = -nats(mean, covariance) - 0.5 * (mean @ mean - known + determinant)
+        return solution(mean, covariance, evidence), covariance
+
+    mean = _descend(propose, partial(jax.lax.map, lambda b: nats(b, None) + 0.5 * b @ b), size, steps)
     _, covariance, determinant = settle(mean, None)
     if not rounds:
-        evidence = -nats(mean, None) - 0.5 * (mean @ mean + determinant)
-        return Solution(mean, jnp.eye(size), jnp.eye(size) - covariance, evidence)
-    for _ in range(rounds):
-        mean, covariance, determinant = settle(mean, covariance)
-    known = size - jnp.trace(covariance)
-    evidence = -nats(mean, covariance) - 0.5 * (mean @ mean - known + determinant)
-    return Solution(mean, jnp.eye(size), jnp.eye(size) - covariance, evidence)
+        return solution(mean, covariance, -nats(mean, None) - 0.5 * (mean @ mean + determinant))
+
+    def again(best: tuple[Solution, Array], _: Any) -> tuple[tuple[Solution, Array], None]:
+        (mean, *_), covariance = best
+        return _better(bounded(*settle(mean, covariance)), best), None
+
+    return jax.lax.scan(again, bounded(mean, covariance, determinant), length=rounds)[0][0]

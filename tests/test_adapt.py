@@ -10,11 +10,13 @@ import numpy as np
 import pytest
 from families import arrays, pick, rows
 from scipy.optimize import minimize
+from threadpoolctl import threadpool_info, threadpool_limits
 
 from pluralprefs.adapt import laplace_user, predict, solve_items, solve_many, solve_rows
 from pluralprefs.adapting import predict_seen
-from pluralprefs.fitting import Fitted, fit_strength, take
+from pluralprefs.fitting import Fitted, buckets, fit_strength, solve_level, take
 from pluralprefs.models.bradley_terry import BradleyTerry
+from pluralprefs.models.ideal_point import IdealPoint
 from pluralprefs.newton import Judgements
 from pluralprefs.pooling import fit_pooled, half_fits, population_by_newton, residual_variance, shared_variance
 from pluralprefs.types import Item
@@ -158,6 +160,7 @@ import jax, jax.numpy as jnp, numpy as np
 from pluralprefs.newton import Judgements
 from pluralprefs.fitting import _solve_item_bucket
 from pluralprefs.models.bradley_terry import BradleyTerry
+from pluralprefs.models.ideal_point import IdealPoint
 from pluralprefs.types import Item
 draw, units, size, n = np.random.default_rng(0), 809, 33, 64
 items = Item(embedding=jnp.asarray(draw.normal(size=(300, size)), jnp.float32))
@@ -221,6 +224,24 @@ def test_the_strength_of_users_is_recovered():
     assert abs(root.max() / w.std() - 1) < 0.05
 
 
+def test_batches_of_small_systems_are_solved_with_one_blas_thread(monkeypatch):
+    seen = []
+
+    def watched(*arguments):
+        seen.append({library["num_threads"] for library in threadpool_info() if library["user_api"] == "blas"})
+        return buckets(*arguments)
+
+    monkeypatch.setattr("pluralprefs.fitting.buckets", watched)
+    model, table, support, _, _ = problem(2, 4)
+    items = arrays(Item(embedding=jnp.concatenate([support.first.embedding, support.second.embedding])))
+    judged = jax.tree.map(np.asarray, support.replace(first=np.arange(4), second=4 + np.arange(4)))
+    with threadpool_limits(2, user_api="blas"):
+        solve_level(model, table, items, judged, np.zeros(4, int), 2, np.ones(3, np.float32))
+        after = {library["num_threads"] for library in threadpool_info() if library["user_api"] == "blas"}
+    assert seen == [{1}]
+    assert after == {2}
+
+
 def test_rounds_of_moments_reach_the_nearest_gaussian_and_its_evidence():
     """An independent maximisation of E_q[log p] - KL(q | prior) over mean and covariance, by quadrature, agrees."""
     model, table, support, x, _ = problem(2, 9)
@@ -240,6 +261,29 @@ def test_rounds_of_moments_reach_the_nearest_gaussian_and_its_evidence():
     linear_part = np.array(part_names(table_deviation(model))) == "linear"
     np.testing.assert_allclose(np.asarray(found.mean)[linear_part], best.x[:2], atol=0.01)
     np.testing.assert_allclose(found.evidence, -best.fun, atol=0.01)
+
+
+@pytest.mark.parametrize("n", [3, 30])  # fewer rows than coordinates, and more
+def test_where_a_prior_is_so_wide_that_a_mixture_saturates_no_step_runs_away(n):
+    """Pure users of two ideal points: strengths grow without end, and the bound of the evidence still only rises."""
+    draw = np.random.default_rng(11)
+    points = jnp.asarray([[2.0, 0.0], [-2.0, 0.0], [0.0, 2.0], [0.0, -2.0]])
+    model = IdealPoint(projector=({"kernel": jnp.eye(2), "bias": jnp.zeros(2)},), points=points, log_scale=jnp.ones(()))
+    table = Users.init(model, users=0, communities=0)
+    gain = jnp.asarray(np.array(part_names(table_deviation(model))) == "gain")
+    solve = jax.jit(solve_rows, static_argnames="rounds")
+    for case in range(8):
+        a, b = draw.normal(size=(2, n, 2)).astype(np.float32) * 2
+        ideal = np.asarray(points[case % 4])
+        target = (np.linalg.norm(b - ideal, axis=1) > np.linalg.norm(a - ideal, axis=1)).astype(np.float32)
+        target[0] = 1 - target[0]  # one slip
+        support = rows(Item(embedding=a), Item(embedding=b), target)
+        for width in (30.0, 300.0, 1000.0):
+            root = jnp.where(gain, 0.0, width)
+            bounds = np.array([solve(model, support, table, root, rounds=rounds).evidence for rounds in (1, 2)])
+            assert (-10 * n < bounds).all()
+            assert (bounds <= 0).all(), "no table of answers is more probable than 1"
+            assert bounds[1] >= bounds[0] - 0.05  # two programs round differently
 
 
 def test_the_scale_of_a_base_fitted_to_a_crowd_is_found():

@@ -76,6 +76,7 @@ def test_relabelling_users_permutes_results(model):
 
 @pytest.mark.parametrize("adapter", [fit_user, laplace_user], ids=["map", "laplace"])
 def test_adapting_obeys_the_prior_the_weights_and_no_order(model, adapter):
+    adapter = jax.jit(adapter)
     x, table = items(10), Users.init(model, users=0, communities=0, strength=0.7)
     first, second = pick(x, np.array([0, 1, 2, 3])), pick(x, np.array([1, 2, 3, 4]))
     support = rows(first, second, [1.0, 0.0, 1.0, 1.0])
