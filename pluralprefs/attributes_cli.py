@@ -315,12 +315,16 @@ def _levels(text: str) -> tuple[int, int] | None:
 
 
 def _read(folder: Path, name: str, command: str) -> pl.DataFrame:
-    from pluralprefs.data.files import read_frame
+    from pluralprefs.data.files import DataError, read_frame
 
     path = folder / f"{name}.parquet"
     if not path.is_file():
         raise ValueError(f"{path}: no such file; `pluralprefs attributes {command}` writes it")
-    return read_frame(path)
+    table = read_frame(path)
+    if "text" in table.columns and table["text"].null_count():
+        row = table["text"].is_null().arg_true()[0] + 1
+        raise DataError(f"{path}: row {row}, column 'text': is missing; write a text, or remove the row")
+    return table
 
 
 def _write(folder: Path, **tables: pl.DataFrame) -> None:

@@ -3,7 +3,7 @@
 import numpy as np
 import polars as pl
 import pytest
-from test_attributes_cli import letters
+from test_attributes_cli import call, letters
 from typer.testing import CliRunner
 
 import pluralprefs as pp
@@ -13,7 +13,9 @@ from pluralprefs.attributes.store import write_store
 from pluralprefs.cli import app
 from pluralprefs.data import batches, comparisons
 from pluralprefs.data.files import DataError
+from pluralprefs.data.ids import MESSAGES
 from pluralprefs.data.lexicon import attributes, palette, palette_world
+from pluralprefs.encoders.tokens import plain
 from pluralprefs.run import load
 
 NAMES = ("length", "vowels")
@@ -69,6 +71,31 @@ def test_a_response_without_text_has_no_attributes(folder):
     assert (values[none] == 0).all()
 
 
+def test_messages_without_content_have_no_attributes_either(folder):
+    contents = [[None], [None, None], ["aa"], [None, "aa"]]
+    chats = [[{"role": "assistant", "content": content} for content in one] for one in contents]
+    items = pl.DataFrame({"text": pl.Series(chats, dtype=MESSAGES)})
+    values, mask = source.predicted(folder).attributes(items)
+    assert mask[:, 0].tolist() == [False, False, True, True]
+    assert (values[:2] == 0).all()
+    lines = ["", "assistant: \nassistant: ", "aa", "assistant: \nassistant: aa"]
+    assert [plain(chat) for chat in chats] == lines
+    np.testing.assert_allclose(values[2:, 0, 0], [len(line) / 100 for line in lines[2:]], rtol=1e-6)
+
+
+@pytest.mark.parametrize(("command", "name"), [("embed", "responses"), ("verify", "responses"), ("verify", "rewrites")])
+def test_a_text_that_is_missing_is_one_line_that_names_its_place(folder, command, name):
+    columns = {"response_id": ["a/1", "a/2"], "text": ["Rest.", "Run."], "prompt": "What now?"}
+    whole = pl.DataFrame(columns)
+    for table in ("responses", "rewrites"):
+        text = pl.Series("text", ["Rest.", None]) if table == name else whole["text"]
+        whole.with_columns(text).write_parquet(folder / f"{table}.parquet")
+    done = call(command, "--folder", folder)
+    assert done.exit_code == 2
+    assert f"{name}.parquet: row 2, column 'text': is missing; write a text" in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+
+
 def test_stored_attributes_are_found_by_key_and_masked_where_missing(folder):
     items = batches.item_table(table())
     some = items.head(3)
@@ -77,6 +104,7 @@ def test_stored_attributes_are_found_by_key_and_masked_where_missing(folder):
     live, _ = source.predicted(folder).attributes(items)
     there = items["item_key"].is_in(some["item_key"].implode()).to_numpy()
     np.testing.assert_allclose(values[there], live[there], rtol=2**-7)
+    np.testing.assert_array_equal(values[there][..., 0], live[there][..., 0])  # a score is float32
     assert mask[there].all()
     assert not mask[~there].any()
     with pytest.raises(DataError, match="no attribute 'warmth'"):

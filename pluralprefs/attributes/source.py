@@ -20,7 +20,7 @@ from pluralprefs.attributes.predictors import AttributePredictors
 from pluralprefs.attributes.store import AttributeStore
 from pluralprefs.data.files import DataError
 from pluralprefs.encoders.attributes import AttributeEncoder
-from pluralprefs.encoders.tokens import plain
+from pluralprefs.encoders.tokens import Content, plain
 
 PREDICTORS = "predictors.safetensors"
 COLUMNS = "attributes.json"
@@ -29,7 +29,7 @@ Found = tuple[Float[np.ndarray, "items attributes width"], Bool[np.ndarray, "ite
 
 @dataclass(frozen=True, eq=False)
 class Predicted:
-    """Attributes of responses by predictors; a response without text has none."""
+    """Attributes of responses by predictors; a response without text (null, or every content null) has none."""
 
     predictors: AttributePredictors
 
@@ -40,8 +40,9 @@ class Predicted:
 
     def attributes(self, items: pl.DataFrame) -> Found:
         """Embeddings of the items' texts, calibrated scores first, and which are at hand."""
-        there = items["text"].is_not_null().to_numpy()
-        texts = [plain(text) for text in items["text"].drop_nulls().to_list()]
+        said = items["text"].to_list()
+        there = np.array([_has_text(content) for content in said], bool)
+        texts = [plain(content) for content in said if _has_text(content)]
         values = np.zeros((items.height, len(self.names), self.predictors.width), np.float32)
         if texts:
             features = self.predictors.read(texts, embedder(self.predictors.encoder))
@@ -51,6 +52,10 @@ class Predicted:
     def save(self, folder: Path) -> None:
         """Write the predictors into a run folder, where `restore` finds them."""
         self.predictors.save(folder / PREDICTORS)
+
+
+def _has_text(content: Content | None) -> bool:
+    return isinstance(content, str) or any(message["content"] is not None for message in content or ())
 
 
 @dataclass(frozen=True, eq=False)

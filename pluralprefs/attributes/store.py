@@ -5,7 +5,8 @@
     scores-*.npy       [responses, attributes], float32, memory-mapped
 
 The arrays are written under names of their own and the index is moved into place last: a reader finds the old store or
-the new one. bfloat16 keeps eight bits of precision, so an embedding is read back within 0.4 %; scores are exact.
+the new one. bfloat16 keeps eight bits of precision, so an embedding is read back within 0.4 %; scores are exact, and
+the first number of an embedding, which is the score, is read from them.
 """
 
 from __future__ import annotations
@@ -91,6 +92,7 @@ class AttributeStore:
         place = rows[at[0]], columns[at[1]]
         embedding[at] = self._embeddings[place].view(ml_dtypes.bfloat16).astype(np.float32)
         score[at] = self._scores[place]
+        embedding[..., 0] = score
         return Found(embedding, score, mask)
 
 

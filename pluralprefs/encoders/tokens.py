@@ -26,7 +26,7 @@ import numpy as np
 from pluralprefs.encoders.weights import EncoderError, digest
 from pluralprefs.types import Tokens
 
-Message = dict[str, str]
+Message = dict[str, str | None]  # a null content says nothing
 Content = str | Sequence[Message]
 
 BUCKETS = (16, 32, 48, 64, 96, 128, 192, 256)
@@ -171,7 +171,7 @@ class Renderer:
 
 
 def plain(content: Content) -> str:
-    """A message list as text: one message is its content, several are lines `role: content`.
+    """A message list as text: one message is its content, several are lines `role: content`; a null content is empty.
 
     >>> plain([{"role": "user", "content": "Tea?"}, {"role": "assistant", "content": "Yes."}])
     'user: Tea?\\nassistant: Yes.'
@@ -179,8 +179,8 @@ def plain(content: Content) -> str:
     if isinstance(content, str):
         return content
     if len(content) == 1:
-        return content[0]["content"]
-    return "\n".join(f"{message['role']}: {message['content']}" for message in content)
+        return content[0]["content"] or ""
+    return "\n".join(f"{message['role']}: {message['content'] or ''}" for message in content)
 
 
 def messages(content: Content, *, role: str) -> list[Message]:
