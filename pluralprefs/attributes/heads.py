@@ -7,7 +7,9 @@ Minimised for each attribute a over its ordered pairs i, with features x of the 
 with r_a(x) = w_a . phi_a(x) and target t = 1 for an ordered pair, 1/2 for two texts that stand equal on the attribute.
 phi is the identity (Newton's method: the problem is convex) or one hidden layer tanh(V_a x + b_a) (Adam, full batch).
 PrefPalette (arXiv 2507.13541) trains one model per attribute instead. Attributes run in groups of `TOGETHER`, which
-bounds the memory; each attribute's start is drawn from its name, so that its fit depends on no other attribute.
+bounds the memory; each attribute's start is drawn from its name, so that its fit depends on its own pairs and the
+features alone. Both may come from other attributes too: texts that stand equal are rewrites of those, and centre, scale
+and kernel of the features are of all texts (`fitting`).
 """
 
 from __future__ import annotations
