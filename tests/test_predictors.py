@@ -91,6 +91,59 @@ def test_accuracy_is_counted_by_hand(fitted):
     assert wilson(1.0, 16)[0] == pytest.approx(1 / (1 + 1.959964**2 / 16))
 
 
+def judge_of(scores):
+    """One attribute whose score of a text is given."""
+    one = np.ones((1, 1), np.float32)
+    predictors = AttributePredictors(
+        ("mood",),
+        "toy",
+        np.zeros(1, np.float32),
+        1.0,
+        one,
+        one[0],
+        0 * one[0],
+        np.zeros((1, 1, 1), np.float32),
+        0 * one,
+    )
+    return predictors, lambda texts: np.array([[scores[text]] for text in texts], np.float32).reshape(-1, 1)
+
+
+def test_intervals_of_accuracy_draw_responses_and_not_pairs():
+    """Responses of their own difficulty: a bootstrap written with loops agrees, and pairs as trials are too sure."""
+    draw = np.random.default_rng(4)
+    pairs = pl.DataFrame(
+        [(f"r{r}", "mood", low, high, f"{r}|{low}", f"{r}|{high}", high - low, "heldout_responses")
+         for r in range(30) for low in range(5) for high in range(low + 1, 5)],
+        schema=["response_id", "attribute", "low", "high", "low_text", "high_text", "gap", "split"], orient="row",
+    )  # fmt: skip
+    noise = np.repeat(draw.choice([0.2, 4.0], 30), 5)  # easy or hard
+    scores = {f"{r}|{level}": level + noise[5 * r + level] * draw.normal() for r in range(30) for level in range(5)}
+    predictors, embed = judge_of(scores)
+    row = accuracy(predictors, pairs, embed).filter(pl.col("gap").is_null()).row(0, named=True)
+    right = {f"r{r}": [scores[f"{r}|{h}"] > scores[f"{r}|{low}"] for low in range(5) for h in range(low + 1, 5)]
+             for r in range(30)}  # fmt: skip
+    names = list(right)
+    drawn = [np.concatenate([right[names[i]] for i in draw.integers(30, size=30)]).mean() for _ in range(4000)]
+    assert row["accuracy"] == pytest.approx(np.mean(list(right.values())))
+    np.testing.assert_allclose([row["ci_low"], row["ci_high"]], np.percentile(drawn, [2.5, 97.5]), atol=0.012)
+    low, high = wilson(row["accuracy"], row["count"])
+    assert row["ci_high"] - row["ci_low"] > 1.3 * (high - low)
+
+
+def test_where_all_pairs_are_right_each_response_is_one_trial():
+    scores = {f"{r}|{level}": float(level) for r in range(4) for level in range(5)}
+    pairs = table(responses=4).filter(attribute="humor").with_columns(
+        attribute=pl.lit("mood"), split=pl.lit("train"),
+        low_text=pl.format("{}|{}", pl.col("response_id").str.slice(1), "low"),
+        high_text=pl.format("{}|{}", pl.col("response_id").str.slice(1), "high"),
+    )  # fmt: skip
+    predictors, embed = judge_of(scores)
+    rows = accuracy(predictors, pairs, embed)
+    assert set(rows["accuracy"]) == {1.0}
+    assert set(zip(rows["ci_low"], rows["ci_high"], strict=True)) == {wilson(1.0, 4)}
+    assert not accuracy(predictors, pairs.clear(), embed).height
+
+
 def test_a_linear_head_is_the_minimum_that_scipy_finds():
     draw = np.random.default_rng(1)
     features = draw.normal(size=(40, 6)).astype(np.float32)
