@@ -21,7 +21,7 @@ import typer
 from pluralprefs.terminal import plainly, say
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterable, Mapping
 
     import polars as pl
 
@@ -122,7 +122,10 @@ def rewrite(
         others = _phrases_apart(seed) if teacher == "lexicon" else None
         if dry_run:
             tasks = rewrite_tasks(responses, chosen)
-            _estimate(tasks, teachers(responses, len(chosen) * known.LEVELS, first, others), folder, asking)
+            each = teachers(responses, len(chosen) * known.LEVELS, first, others)
+            for name, one in {one.name: one for one in each}.items():
+                mine = (task for task, other in zip(tasks, each, strict=True) if other.name == name)
+                _estimate(one, mine, folder, asking)
             return
         table = rewrites(responses, chosen, first, others=others, tell=say, **_made(folder, asking))
     _write(folder, responses=responses, rewrites=table)
@@ -157,8 +160,7 @@ def verify(
     asking = Asking(teacher, model, price, max_cost, concurrency, rate)
     with asking.open("all") as one:
         if dry_run:
-            tasks = judging_tasks(responses, table, chosen)
-            _estimate(tasks, [one] * len(tasks), folder, asking)
+            _estimate(one, judging_tasks(responses, table, chosen), folder, asking)
             return
         judged = judge(responses, table, chosen, one, tell=say, **_made(folder, asking))
     pairs = verified(judged.rewrites, judged.judgements, threshold, preserved)
@@ -291,12 +293,10 @@ def _all_responses(data: Path) -> pl.DataFrame:
     return items.select(pl.col("item_key").alias("response_id")).with_columns(texts)
 
 
-def _estimate(tasks: Sequence[Task], teachers: Sequence[Teacher], folder: Path, asking: Asking) -> None:
+def _estimate(teacher: Teacher, tasks: Iterable[Task], folder: Path, asking: Asking) -> None:
     from pluralprefs.attributes.asking import estimate
 
-    for name, teacher in {teacher.name: teacher for teacher in teachers}.items():
-        mine = [task for task, other in zip(tasks, teachers, strict=True) if other.name == name]
-        say(f"{name}: {estimate(teacher, mine, cache=folder / CACHE, price=asking.prices())}")
+    say(f"{teacher.name}: {estimate(teacher, tasks, cache=folder / CACHE, price=asking.prices())}")
 
 
 def _made(folder: Path, asking: Asking) -> dict[str, Any]:

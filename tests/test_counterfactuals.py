@@ -1,15 +1,18 @@
 """Rewrites are asked once and sorted into folds; verification believes no teacher, and what it rejects is not used."""
 
+import weakref
+
 import polars as pl
 import pytest
 
+from pluralprefs.attributes import asking, verification
 from pluralprefs.attributes.catalog import choose
 from pluralprefs.attributes.counterfactuals import ask_each, rewrite_tasks, rewrites, sample_responses
 from pluralprefs.attributes.folds import HELDOUT, HELDOUT_COMMUNITIES, with_folds
 from pluralprefs.attributes.lexicon_teacher import LexiconTeacher
 from pluralprefs.attributes.pairs import HELDOUT_LEVELS, ordered_pairs, shared_texts
-from pluralprefs.attributes.teacher import Answer, Judge, Rewrite, ServerError, TeacherError, Usage
-from pluralprefs.attributes.verification import judge, report, verified
+from pluralprefs.attributes.teacher import Answer, Judge, Rewrite, ServerError, TeacherError, Usage, task_key
+from pluralprefs.attributes.verification import judge, judging_tasks, report, verified
 from pluralprefs.data.comparisons import from_trl
 from pluralprefs.data.lexicon import base_answers, corpus
 from pluralprefs.data.lexicon.phrases import CATALOG as PHRASES
@@ -194,6 +197,76 @@ def test_what_cannot_be_read_or_changes_the_meaning_is_not_kept(said):
     assert set(lost["low"]) == {0}  # one sentence of three
     silent, _ = verify(said, lambda task, answer: answer if isinstance(task, Judge) else Answer())
     assert not silent["kept"].any()
+
+
+@pytest.fixture
+def few(said, monkeypatch):
+    """Two responses at one attribute, 160 judgements and 10 checks, in blocks of 25."""
+    responses, table = said
+    monkeypatch.setattr(asking, "BLOCK", 25)
+    return responses.head(2), table.filter(pl.col("response_id").is_in(["r0", "r1"]), attribute="politeness")
+
+
+def test_few_tasks_are_alive_at_once_and_the_tables_are_the_same(few, monkeypatch):
+    now, most, heard = [], [], []
+
+    def made(*parts):
+        task = Judge(*parts)
+        now.append(1)
+        most.append(len(now))
+        weakref.finalize(task, now.pop)
+        return task
+
+    monkeypatch.setattr(verification, "Judge", made)
+    found = judge(*few, ATTRIBUTES, LexiconTeacher(), tell=heard.append, progress=False)
+    assert len(most) == found.judgements.height == 160
+    assert max(most) <= 2 * 25 + 1  # a block, and the next while it is taken
+    assert heard[0].startswith("judgements: 160 answers, 0 of them cached")
+    assert heard[1].startswith("kept meaning: 10 answers")
+    monkeypatch.setattr(asking, "BLOCK", 1000)
+    whole = judge(*few, ATTRIBUTES, LexiconTeacher(), progress=False)
+    assert max(most) == 160
+    assert all(one.equals(other) for one, other in zip(found, whole, strict=True))
+
+
+def test_a_killed_verification_is_resumed_over_blocks_and_asks_each_task_once(few, tmp_path):
+    options = {"cache": tmp_path / "answers.jsonl", "concurrency": 1, "progress": False}
+
+    def dies(task, answer):
+        if len(first.asked) > 85:
+            raise KeyboardInterrupt
+        return answer
+
+    first, second, third = Spy(dies), Spy(), Spy()
+    with pytest.raises(KeyboardInterrupt):
+        judge(*few, ATTRIBUTES, first, **options)
+    found = judge(*few, ATTRIBUTES, second, **options)
+    asked = [task_key("spy", task) for task in [*first.asked[:85], *second.asked]]
+    assert asked == list(dict.fromkeys(task_key("spy", task) for task in judging_tasks(*few, ATTRIBUTES)))
+    again = judge(*few, ATTRIBUTES, third, **options)
+    assert not third.asked
+    assert all(one.equals(other) for one, other in zip(found, again, strict=True))
+
+
+def test_verdicts_stand_beside_what_was_asked(few):
+    """A judge who knows one level alone: each row of the table is checked against the texts of its question."""
+    responses, table = few
+    texts = {(r, level): text for r, level, text in table.select("response_id", "level", "text").iter_rows()}
+    top = {texts[r, 4] for r in responses["response_id"]}
+
+    def says(task, answer):
+        if isinstance(task, Judge) and {task.first, task.second} & top:
+            return Answer(verdict="first" if task.first in top else "second")
+        return Answer()
+
+    rows = judge(*few, ATTRIBUTES, Spy(says), progress=False).judgements
+    for row in rows.iter_rows(named=True):
+        expected = None if row["high"] < 4 else "first" if row["order"] == "high_first" else "second"
+        assert row["verdict"] == expected
+        assert row["agrees"] == (None if expected is None else row["direction"] == "higher")
+    assert rows.select("response_id", "low", "high").unique(maintain_order=True).rows() == [
+        (r, low, high) for r in ("r0", "r1") for low in range(5) for high in range(low + 1, 5)
+    ]
 
 
 def test_equal_rewrites_are_not_asked_about():

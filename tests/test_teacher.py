@@ -16,8 +16,9 @@ import pytest
 from chat_server import blocks, running, sensible
 
 from pluralprefs.attributes import asking, teacher
-from pluralprefs.attributes.asking import ask_all, cost, estimate, read_cache, summary
+from pluralprefs.attributes.asking import ask_all, cost, estimate, summary
 from pluralprefs.attributes.chat import ChatTeacher
+from pluralprefs.attributes.kept import read_cache
 from pluralprefs.attributes.lexicon_teacher import LexiconTeacher
 from pluralprefs.attributes.teacher import (
     Answer,

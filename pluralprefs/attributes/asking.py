@@ -3,6 +3,8 @@
 Every answer is kept in a JSON Lines file under the content address of its task (`teacher.task_key`) as soon as it is
 there. A pass that was killed, or that stopped at its cost limit, is resumed by running it again: what is in the file is
 not asked. A line torn by the kill is cut off. Failures and replies that could not be read are not kept.
+
+Tasks are taken from an iterable `BLOCK` at a time, so that a pass of millions holds few of them and of their answers.
 """
 
 from __future__ import annotations
@@ -10,14 +12,17 @@ from __future__ import annotations
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from pluralprefs.attributes.kept import Kept
 from pluralprefs.attributes.teacher import (
+    NOTHING,
     Answer,
     Rewrite,
     ServerError,
@@ -29,10 +34,11 @@ from pluralprefs.attributes.teacher import (
     messages,
     task_key,
 )
-from pluralprefs.registry.files import append_lines, read_lines
+from pluralprefs.registry.files import append_lines
 
 CHARACTERS_PER_TOKEN = 4  # a rule of thumb for English; estimates use it, the cost limit does not
 FAILURES_IN_A_ROW = 20  # of the server, not of tasks
+BLOCK = 4096  # tasks held at once
 Price = tuple[float, float]  # of a million prompt tokens and of a million completion tokens
 
 
@@ -47,7 +53,28 @@ def ask_all(
     price: Price | None = None,
     progress: bool = True,
 ) -> list[Answer]:
-    """Return the answers in the order of the tasks, asking only for what `cache` lacks; equal tasks are asked once.
+    """Return the answers in the order of the tasks: `ask_in_order`, all at once."""
+    options = {"concurrency": concurrency, "requests_per_second": requests_per_second, "max_cost": max_cost}
+    answers = ask_in_order(teacher, tasks, len(tasks), cache=cache, price=price, progress=progress, **options)
+    return list(answers)
+
+
+def ask_in_order(
+    teacher: Teacher,
+    tasks: Iterable[Task],
+    total: int,
+    *,
+    cache: Path | None,
+    concurrency: int = 8,
+    requests_per_second: float | None = None,
+    max_cost: float | None = None,
+    price: Price | None = None,
+    progress: bool = True,
+) -> Iterator[Answer]:
+    """Yield the answers in the order of the tasks, of which there are `total`, asking only for what `cache` lacks.
+
+    Equal tasks are asked once where there is a cache, else once a block; a block of `BLOCK` tasks is answered whole
+    before its first answer is yielded.
 
     A task that fails alone gets an Answer with `failure` set, and the pass goes on. requests_per_second bounds new
     tasks; further attempts of one task come on top, slowed by their own waits. max_cost bounds what this pass can
@@ -57,27 +84,11 @@ def ask_all(
     Raises TeacherError where the limit is reached, set-up is wrong, or the server fails 20 times in a row; what was
     answered by then is in the cache.
     """
-    budget = _Budget.of(max_cost, price)
-    keys = [task_key(teacher.name, task) for task in tasks]
-    with _alone(cache):
-        answers = read_cache(cache) if cache else {}
-        missing = {key: task for key, task in zip(keys, tasks, strict=True) if key not in answers}
-        with _bar(len(missing), shown=progress) as advance:
-            a_pass = _Pass(teacher, cache, budget, deque(missing.items()), answers, advance, len(missing))
-            a_pass.run(max(1, concurrency), _Pace(requests_per_second))
-    return [answers[key] for key in keys]
-
-
-def read_cache(cache: Path) -> dict[str, Answer]:
-    """Read the answers in a cache by their keys. Raises TeacherError, which names the line, where it holds others."""
-    answers = {}
-    for number, row in enumerate(read_lines(cache) if cache.is_file() else [], start=1):
-        try:
-            said = {name: row.get(name) for name in ("text", "verdict", "score")}
-            answers[row["key"]] = Answer(**said, usage=Usage(*row["usage"]), cached=True)
-        except (LookupError, TypeError, AttributeError):
-            raise TeacherError(f"{cache}, line {number}: not an answer of a teacher; delete that line") from None
-    return answers
+    budget, pace, remaining = _Budget.of(max_cost, price), _Pace(requests_per_second), iter(tasks)
+    with _alone(cache), closing(Kept(cache)) as kept, _bar(total, shown=progress) as advance:
+        a_pass = _Pass(teacher, kept, budget, pace, advance, total)
+        while block := list(islice(remaining, BLOCK)):
+            yield from a_pass.run(block, max(1, concurrency))
 
 
 class Estimate(NamedTuple):
@@ -101,23 +112,29 @@ class Estimate(NamedTuple):
 
 
 def estimate(
-    teacher: Teacher, tasks: Sequence[Task], *, cache: Path | None = None, price: Price | None = None
+    teacher: Teacher, tasks: Iterable[Task], *, cache: Path | None = None, price: Price | None = None
 ) -> Estimate:
     """Say what `ask_all` would ask and cost, without asking.
 
     Tokens are characters / 4, and a rewrite is taken to be as long as its text. A teacher that is not paid costs 0.
     """
-    known = read_cache(cache) if cache else {}
-    keys = [task_key(teacher.name, task) for task in tasks]
-    missing = {key: task for key, task in zip(keys, tasks, strict=True) if key not in known}
-    bounds = [teacher.bound(task) for task in missing.values()]
-    likely = [_likely(task) if bound.calls else Usage() for task, bound in zip(missing.values(), bounds, strict=True)]
-    total, most = (Usage(*map(sum, zip(*usages, strict=True))) if usages else Usage() for usages in (likely, bounds))
-    cached = sum(key in known for key in keys)
+    calls = cached = repeated = 0
+    total, most = NOTHING, NOTHING
+    with closing(Kept(cache)) as kept:
+        for task in tasks:
+            key = task_key(teacher.name, task)
+            place = kept.place(key)
+            if place is not None:
+                cached, repeated = cached + (place >= 0), repeated + (place < 0)
+                continue
+            kept.note([(key, -1)])  # nowhere in the file, but counted
+            bound = teacher.bound(task)
+            calls, most = calls + 1, most.plus(bound)
+            total = total.plus(_likely(task) if bound.calls else NOTHING)
     return Estimate(
-        calls=len(missing),
+        calls=calls,
         cached=cached,
-        repeated=len(keys) - cached - len(missing),
+        repeated=repeated,
         prompt_tokens=total.prompt_tokens,
         completion_tokens=total.completion_tokens,
         cost=None if price is None else cost(total, price),
@@ -134,17 +151,40 @@ def cost(usage: Usage, price: Price) -> float:
     return (usage.prompt_tokens * price[0] + usage.completion_tokens * price[1]) / 1e6
 
 
-def summary(answers: Sequence[Answer]) -> str:
+@dataclass
+class Tally:
+    """Counts of answers, for one line about many."""
+
+    answers: int = 0
+    cached: int = 0
+    unreadable: int = 0
+    failed: int = 0
+    first: str = ""
+
+    def add(self, answer: Answer) -> None:
+        """Count an answer."""
+        self.answers += 1
+        self.cached += answer.cached
+        self.unreadable += not answer.readable and not answer.failure
+        self.failed += bool(answer.failure)
+        self.first = self.first or answer.failure or ""
+
+    def __str__(self) -> str:
+        text = f"{self.answers:,} answers, {self.cached:,} of them cached; {self.unreadable:,} unreadable; "
+        text += f"{self.failed:,} failed"
+        return f"{text}, the first: {self.first}" if self.failed else text
+
+
+def summary(answers: Iterable[Answer]) -> str:
     """Say in one line how many answers there are, how many are missing and why, and what they used.
 
     >>> summary([Answer(text="Rest.", cached=True), Answer(failure="server down")])
     '2 answers, 1 of them cached; 0 unreadable; 1 failed, the first: server down'
     """
-    failed = [answer.failure for answer in answers if answer.failure]
-    unreadable = sum(not answer.readable and not answer.failure for answer in answers)
-    cached = sum(answer.cached for answer in answers)
-    text = f"{len(answers):,} answers, {cached:,} of them cached; {unreadable:,} unreadable; {len(failed):,} failed"
-    return f"{text}, the first: {failed[0]}" if failed else text
+    tally = Tally()
+    for answer in answers:
+        tally.add(answer)
+    return str(tally)
 
 
 @dataclass
@@ -191,28 +231,37 @@ class _Pass:
     """The calls that are missing. Threads only ask; this one starts them, counts, and writes the cache."""
 
     teacher: Teacher
-    cache: Path | None
+    kept: Kept
     budget: _Budget
-    queue: deque[tuple[str, Task]]
-    answers: dict[str, Answer]
-    advance: Callable[[], None]
+    pace: _Pace
+    advance: Callable[[int], None]
     total: int
+    asked: int = 0
+    queue: deque[tuple[str, Task]] = field(default_factory=deque)
+    answers: dict[str, Answer] = field(default_factory=dict)
     pending: dict[Future[Answer], tuple[str, Task, Usage]] = field(default_factory=dict)
     troubles: int = 0
     stop: BaseException | None = None
 
-    def run(self, concurrency: int, pace: _Pace) -> None:
+    def run(self, tasks: Sequence[Task], concurrency: int) -> list[Answer]:
+        """Answer a block of tasks."""
+        keys = [task_key(self.teacher.name, task) for task in tasks]
+        self.answers = self.kept.find(keys)
+        missing = {key: task for key, task in zip(keys, tasks, strict=True) if key not in self.answers}
+        self.queue = deque(missing.items())
+        self.advance(len(keys) - len(missing))
         with ThreadPoolExecutor(concurrency, thread_name_prefix="teacher") as pool:
             try:
                 while (self.queue or self.pending) and not self.stop:
-                    self._settle(self._start(pool, concurrency, pace))
+                    self._settle(self._start(pool, concurrency))
             finally:
                 while self.pending:  # under way and to be paid for, whatever ends the pass: keep their answers
                     self._settle(None)
         if self.stop:
             raise self.stop
+        return [self.answers[key] for key in keys]
 
-    def _start(self, pool: ThreadPoolExecutor, concurrency: int, pace: _Pace) -> float | None:
+    def _start(self, pool: ThreadPoolExecutor, concurrency: int) -> float | None:
         """Start what may start; return the seconds after which more may, None where a call has to end first."""
         while self.queue and len(self.pending) < concurrency:
             key, task = self.queue[0]
@@ -221,10 +270,11 @@ class _Pass:
                 if not self.pending:  # else a call that ends may leave enough
                     self.stop = self._too_dear(bound)
                 return None
-            if delay := pace.delay():
+            if delay := self.pace.delay():
                 return delay
-            pace.start()
+            self.pace.start()
             self.queue.popleft()
+            self.asked += 1
             self.pending[pool.submit(self.teacher.ask, task)] = (key, task, bound)
         return None
 
@@ -239,11 +289,12 @@ class _Pass:
             key, task, _ = self.pending.pop(future)
             answer = self.answers[key] = self._outcome(future)
             self.budget.pay(answer.usage)
-            self.advance()
+            self.advance(1)
             if answer.readable:
                 rows.append(_row(key, task, answer))
-        if rows and self.cache:
-            append_lines(self.cache, rows)
+        if rows and self.kept.cache:
+            starts = append_lines(self.kept.cache, rows)
+            self.kept.note((row["key"], start) for row, start in zip(rows, starts, strict=True))
 
     def _outcome(self, future: Future[Answer]) -> Answer:
         error = future.exception()
@@ -261,11 +312,12 @@ class _Pass:
         return Answer(failure=str(error), usage=error.usage)
 
     def _too_dear(self, bound: Usage) -> TeacherError:
-        asked = self.total - len(self.queue)
-        where = f"answers so far are in {self.cache}" if self.cache else "no cache keeps the answers so far"
+        cache = self.kept.cache
+        where = f"answers so far are in {cache}" if cache else "no cache keeps the answers so far"
         return TeacherError(
-            f"max_cost={self.budget.limit:g}: stopped after {asked:,} of {self.total:,} tasks, {self.budget.spent:.4f} "
-            f"spent; the next could cost {cost(bound, self.budget.price):.4f}; {where}: raise the limit to go on"
+            f"max_cost={self.budget.limit:g}: stopped after {self.asked:,} of {self.total:,} tasks, "
+            f"{self.budget.spent:.4f} spent; the next could cost {cost(bound, self.budget.price):.4f}; {where}: raise "
+            "the limit to go on"
         )
 
 
@@ -299,7 +351,7 @@ def _alone(cache: Path | None) -> Iterator[None]:
 
 
 @contextmanager
-def _bar(total: int, *, shown: bool) -> Iterator[Callable[[], None]]:
+def _bar(total: int, *, shown: bool) -> Iterator[Callable[[int], None]]:
     """Show how many answers there are on standard error, where that is a terminal."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -308,4 +360,4 @@ def _bar(total: int, *, shown: bool) -> Iterator[Callable[[], None]]:
     hidden = not (shown and total and sys.stderr.isatty())
     with Progress(*columns, console=Console(stderr=True), disable=hidden, transient=True) as bar:
         asking = bar.add_task("asking the teacher", total=total)
-        yield lambda: bar.advance(asking)
+        yield lambda count: bar.advance(asking, count)

@@ -9,14 +9,16 @@ which pairs `pairs.ordered_pairs` trains on, for norms and values alike.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from itertools import combinations
+from collections.abc import Callable, Iterator, Mapping
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import polars as pl
+from jaxtyping import Int
 
-from pluralprefs.attributes.asking import ask_all, summary
+from pluralprefs.attributes.asking import Tally, ask_in_order
 from pluralprefs.attributes.catalog import Attribute
 from pluralprefs.attributes.teacher import QUESTIONS, Judge, Preserved, Task, Teacher
 
@@ -26,14 +28,18 @@ PRESERVED = (
 )
 READABLE = 4  # half of the eight judgements of a pair
 PAIR = ["response_id", "attribute", "low", "high"]
-JUDGEMENTS = {
-    "response_id": pl.Utf8, "attribute": pl.Utf8, "low": pl.Int64, "high": pl.Int64, "direction": pl.Utf8,
-    "phrasing": pl.Int64, "order": pl.Utf8, "verdict": pl.Utf8, "agrees": pl.Boolean,
-}  # fmt: skip
+VERDICTS, ORDERS = pl.Enum(["first", "second"]), pl.Enum(["low_first", "high_first"])
+NUMBER = {None: -1, "first": 0, "second": 1}  # of a verdict
+QUESTION = {"direction": pl.Enum(["higher", "lower"]), "phrasing": pl.Int64, "order": ORDERS}
+ASKED = [(*question, order) for question in QUESTIONS for order in ORDERS.categories]  # of every pair of levels
 
 
 class Judged(NamedTuple):
-    """The rewrites with their column `preserved` (0..1, null where unreadable), and the table of judgements."""
+    """The rewrites with their column `preserved` (0..1, null where unreadable), and the table of judgements.
+
+    Columns of the latter: those of `PAIR`, direction, phrasing and order of the question, verdict, and agrees: whether
+    the verdict confirms the order of the levels. Both are null where the answer could not be read.
+    """
 
     rewrites: pl.DataFrame
     judgements: pl.DataFrame
@@ -52,57 +58,76 @@ def judge(
     """Ask a teacher for eight judgements of every pair of levels, and how far every rewrite keeps the response.
 
     responses: response_id, text; rewrites: as `counterfactuals.rewrites` returns them. Two rewrites that are equal
-    are not asked about: no order is to be seen. `asking` goes to `ask_all`. Raises TeacherError.
+    are not asked about: no order is to be seen. `asking` goes to `ask_in_order`. Raises TeacherError.
+
+    Tasks and answers are held a block at a time; of all judgements one byte each, until the table is made.
     """
-    places, judges = _judge_tasks(rewrites, attributes)
-    checks = _preserved_tasks(responses, rewrites)
-    answers = ask_all(teacher, [*judges, *checks], cache=cache, **asking)
+    pairs = _different(rewrites)
+    tasks = chain(_judge_tasks(pairs, attributes), _preserved_tasks(responses, rewrites))
+    total = pairs.height * len(ASKED) + rewrites.height
+    answers = ask_in_order(teacher, tasks, total, cache=cache, **asking)
+    judgements, checks = Tally(), Tally()
+    verdicts = np.full(pairs.height * len(ASKED), -1, np.int8)
+    for place, answer in enumerate(islice(answers, len(verdicts))):
+        judgements.add(answer)
+        verdicts[place] = NUMBER[answer.verdict]
+    scores = []
+    for answer in answers:
+        checks.add(answer)
+        scores.append(answer.score)
     if tell:
-        tell(f"judgements: {summary(answers[: len(judges)])}")
-        tell(f"kept meaning: {summary(answers[len(judges) :])}")
-    rows = [
-        (*place, answer.verdict, _agrees(answer.verdict, place))
-        for place, answer in zip(places, answers[: len(judges)], strict=True)
-    ]
-    scores = pl.Series("preserved", [answer.score for answer in answers[len(judges) :]], dtype=pl.Float64)
-    return Judged(rewrites.with_columns(scores), pl.DataFrame(rows, schema=JUDGEMENTS, orient="row"))
+        tell(f"judgements: {judgements}")
+        tell(f"kept meaning: {checks}")
+    preserved = pl.Series("preserved", scores, dtype=pl.Float64)
+    return Judged(rewrites.with_columns(preserved), _judgements(pairs.select(PAIR), verdicts))
 
 
-def judging_tasks(responses: pl.DataFrame, rewrites: pl.DataFrame, attributes: Mapping[str, Attribute]) -> list[Task]:
-    """Return all that `judge` would ask, to estimate its cost."""
-    return [*_judge_tasks(rewrites, attributes)[1], *_preserved_tasks(responses, rewrites)]
+def judging_tasks(
+    responses: pl.DataFrame, rewrites: pl.DataFrame, attributes: Mapping[str, Attribute]
+) -> Iterator[Task]:
+    """Yield all that `judge` would ask, to estimate its cost."""
+    yield from _judge_tasks(_different(rewrites), attributes)
+    yield from _preserved_tasks(responses, rewrites)
 
 
-def _judge_tasks(rewrites: pl.DataFrame, attributes: Mapping[str, Attribute]) -> tuple[list[tuple], list[Judge]]:
-    """The places (the first seven columns of JUDGEMENTS) and tasks of all judgements."""
-    places, tasks = [], []
-    for (response, name), group in rewrites.group_by("response_id", "attribute", maintain_order=True):
-        said = dict(group.select("level", "text").iter_rows())
-        prompt = group["prompt"][0] or ""
-        for low, high in combinations(sorted(said), 2):
-            if said[low] == said[high]:
-                continue
-            for direction, phrasing in QUESTIONS:
-                for order, first, second in (("low_first", low, high), ("high_first", high, low)):
-                    places.append((response, name, low, high, direction, phrasing, order))
-                    texts = said[first], said[second]
-                    tasks.append(Judge(attributes[str(name)], direction, phrasing, *texts, prompt))  # pyright: ignore[reportArgumentType]
-    return places, tasks
+def _different(rewrites: pl.DataFrame) -> pl.DataFrame:
+    """Pairs of levels of one response and attribute with different texts: `PAIR`, low_text, high_text, prompt.
+
+    In the order in which responses and attributes first occur, then by levels.
+    """
+    group = ["response_id", "attribute"]
+    number = rewrites.select(group).unique(maintain_order=True).with_row_index("group")
+    side = rewrites.select(*group, "level", "text", pl.col("prompt").first().over(group))
+    side = side.unique([*group, "level"], keep="last").join(number, on=group)
+    high = side.select("group", high="level", high_text="text")
+    pairs = side.rename({"level": "low", "text": "low_text"}).join(high, on="group")
+    pairs = pairs.filter((pl.col("low") < pl.col("high")) & (pl.col("low_text") != pl.col("high_text")))
+    return pairs.sort("group", "low", "high").select(*PAIR, "low_text", "high_text", "prompt")
 
 
-def _preserved_tasks(responses: pl.DataFrame, rewrites: pl.DataFrame) -> list[Preserved]:
+def _judge_tasks(pairs: pl.DataFrame, attributes: Mapping[str, Attribute]) -> Iterator[Judge]:
+    for _, name, _, _, low, high, prompt in pairs.iter_rows():
+        for direction, phrasing, order in ASKED:
+            texts = (low, high) if order == "low_first" else (high, low)
+            yield Judge(attributes[name], direction, phrasing, *texts, prompt or "")  # pyright: ignore[reportArgumentType]
+
+
+def _preserved_tasks(responses: pl.DataFrame, rewrites: pl.DataFrame) -> Iterator[Preserved]:
     originals = dict(responses.select("response_id", "text").iter_rows())
-    asked = rewrites.select("response_id", "text", "prompt").iter_rows()
-    return [Preserved(originals[response], text, prompt or "") for response, text, prompt in asked]
+    for response, text, prompt in rewrites.select("response_id", "text", "prompt").iter_rows():
+        yield Preserved(originals[response], text, prompt or "")
 
 
-def _agrees(verdict: str | None, place: tuple) -> bool | None:
-    """Whether a verdict puts the higher level above the lower; None for none."""
-    *_, direction, _, order = place
-    if verdict is None:
-        return None
-    chose_high = (verdict == "first") == (order == "high_first")
-    return chose_high == (direction == "higher")
+def _judgements(pairs: pl.DataFrame, verdicts: Int[np.ndarray, " judgements"]) -> pl.DataFrame:
+    """The table of judgements, from the number of each verdict, -1 for none."""
+    table = pairs[np.repeat(np.arange(pairs.height), len(ASKED))]
+    asked = pl.DataFrame(ASKED, schema=QUESTION, orient="row")[np.tile(np.arange(len(ASKED)), pairs.height)]
+    words = dict(enumerate(VERDICTS.categories))
+    verdict = pl.Series("verdict", verdicts).replace_strict(words, default=None, return_dtype=VERDICTS)
+    chose_high = (pl.col("verdict") == "first") == (pl.col("order") == "high_first")
+    return pl.concat([table, asked, verdict.to_frame()], how="horizontal").with_columns(
+        agrees=chose_high == (pl.col("direction") == "higher")
+    )
 
 
 def verified(

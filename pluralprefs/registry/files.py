@@ -10,7 +10,8 @@ import json
 import os
 import re
 import secrets
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -98,16 +99,17 @@ def load_arrays(path: Path | str) -> tuple[dict[str, np.ndarray], dict[str, str]
         ) from error
 
 
-def append_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    """Append JSON lines in one write; a line torn by an earlier kill is cut off first."""
-    text = "".join(json.dumps(plain(row), ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
+def append_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> list[int]:
+    """Append JSON lines in one write and return the first byte of each; a line torn by an earlier kill is cut off."""
+    lines = [(json.dumps(plain(row), ensure_ascii=False, allow_nan=False) + "\n").encode() for row in rows]
     with path.open("a+b") as file:
         end = _whole_lines(file)
         if end < file.seek(0, os.SEEK_END):
             file.truncate(end)
-        file.write(text.encode())
+        file.write(b"".join(lines))
         file.flush()
         os.fsync(file.fileno())
+    return list(accumulate(map(len, lines[:-1]), initial=end))[: len(lines)]
 
 
 def _whole_lines(file: Any, block: int = 65536) -> int:
@@ -125,14 +127,22 @@ def _whole_lines(file: Any, block: int = 65536) -> int:
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """Read JSON lines; a last line without its line break was torn by a kill and is left out."""
-    *lines, _ = path.read_bytes().split(b"\n")
-    rows = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            rows.append(json.loads(line))
-        except ValueError as error:
-            raise RegistryError(f"{path}, line {number}: not JSON ({error}); delete that line") from error
-    return rows
+    return [row for _, row in placed_lines(path)]
+
+
+def placed_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield the first byte and the content of each line that `read_lines` would read."""
+    start = 0
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.endswith(b"\n"):
+                return
+            try:
+                row = json.loads(line)
+            except ValueError as error:
+                raise RegistryError(f"{path}, line {number}: not JSON ({error}); delete that line") from error
+            yield start, row
+            start += len(line)
 
 
 def plain(value: Any) -> Any:
