@@ -34,8 +34,11 @@ attributes_app = typer.Typer(
 
 CACHE = "answers.jsonl"
 Folder = Annotated[Path, typer.Option(help="Folder of all tables.")]
-TeacherName = Annotated[str, typer.Option("--teacher", help='"lexicon" (offline) or the address of a chat server.')]
-Model = Annotated[str | None, typer.Option(help="Model of the chat server.")]
+TeacherName = Annotated[
+    str,
+    typer.Option("--teacher", envvar="PLURALPREFS_TEACHER", help='"lexicon" (offline) or address of a chat server.'),
+]
+Model = Annotated[str | None, typer.Option(envvar="PLURALPREFS_TEACHER_MODEL", help="Model of the chat server.")]
 Prices = Annotated[str | None, typer.Option("--price", help="Of a million prompt and completion tokens: 0.5,1.5")]
 MaxCost = Annotated[float | None, typer.Option(help="Stop before this pass could cost more; needs --price.")]
 Concurrency = Annotated[int, typer.Option(help="Calls at once.")]

@@ -1,14 +1,23 @@
-"""`pluralprefs attributes` from texts to stored scores, with the lexicon and a toy encoder."""
+"""`pluralprefs attributes` from texts to stored scores, with the lexicon and a toy encoder, or with a chat server."""
 
+import json
+import re
+import subprocess
+import sys
+import time
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import polars as pl
 import pytest
+from chat_server import blocks, running
 from typer.testing import CliRunner
 
 from pluralprefs.attributes import fitting
+from pluralprefs.attributes.catalog import CATALOG, load
 from pluralprefs.attributes.store import AttributeStore
+from pluralprefs.attributes.teacher import QUESTIONS
 from pluralprefs.cli import app
 from pluralprefs.data.lexicon import corpus
 
@@ -57,6 +66,103 @@ def test_without_a_file_the_answers_of_the_lexicon_are_rewritten(tmp_path):
     assert "10 rewrites of 2 responses" in done.output
 
 
+POLITENESS = CATALOG["politeness"]
+HIGHER = [question.format(**vars(POLITENESS)) for (way, _), question in QUESTIONS.items() if way == "higher"]
+CALLS = {"rewrite": 5, "verify": 10 * 8 + 5}  # of one response at one attribute
+MOST = {"rewrite": 5 * 512, "verify": 5 * 32}  # completion tokens of five attempts at one call
+
+
+def honest(body):
+    """Rewrite at a level as that many kind words, and count them when judging."""
+    asked, texts = body["messages"][-1]["content"], blocks(body)
+    if level := re.search(r"stands at level (\d)", asked):
+        return json.dumps({"rewrite": texts[-1] + " kindly" * (int(level[1]) - 1)})
+    if '{"answer"' in asked:
+        first_has_more = texts[-2].count("kindly") > texts[-1].count("kindly")
+        higher = any(question in asked for question in HIGHER)
+        return json.dumps({"answer": "first" if first_has_more == higher else "second"})
+    return json.dumps({"score": 5})
+
+
+@pytest.fixture
+def server(monkeypatch):
+    """A chat server that the environment names, with its model and key."""
+    with running(honest) as one:
+        monkeypatch.setenv("PLURALPREFS_TEACHER", one.url)
+        monkeypatch.setenv("PLURALPREFS_TEACHER_MODEL", "a-model")
+        monkeypatch.setenv("PLURALPREFS_TEACHER_KEY", "the-key")
+        yield one
+
+
+def one_response(command, folder, *more):
+    """The arguments of `rewrite` or `verify` for one of the lexicon's answers."""
+    of = ("--attributes", "politeness", "--per-community", 1) if command == "rewrite" else ()
+    return command, "--folder", folder, *of, *more
+
+
+def test_a_server_is_asked_for_rewrites_and_judgements_from_the_command_line(server, tmp_path):
+    for command, calls in CALLS.items():
+        before = len(server.bodies)
+        dry = call(*one_response(command, tmp_path, "--dry-run", "--price", "2,8"))
+        assert dry.exit_code == 0, dry.stderr
+        assert f"{calls} calls" in dry.output
+        assert "never over" in dry.output
+        assert len(server.bodies) == before
+        done = call(*one_response(command, tmp_path))
+        assert done.exit_code == 0, f"{done.output} {done.stderr}"
+        assert len(server.bodies) == before + calls
+    assert {body["model"] for body in server.bodies} == {"a-model"}
+    assert {headers["Authorization"] for headers in server.headers} == {"Bearer the-key"}
+    assert pl.read_parquet(tmp_path / "verified.parquet")["agreement"].to_list() == [1.0] * 10
+    done = call("pairs", "--folder", tmp_path)
+    assert done.exit_code == 0, done.stderr
+    assert pl.read_parquet(tmp_path / "pairs.parquet").height == 10
+    assert call(*one_response("rewrite", tmp_path, "--model", "another")).exit_code == 0
+    assert server.bodies[-1]["model"] == "another"  # the command line goes before the environment
+
+
+@pytest.mark.parametrize("command", CALLS)
+def test_a_command_stops_at_its_cost_limit_and_goes_on_with_a_higher_one(server, tmp_path, command):
+    if command == "verify":
+        assert call(*one_response("rewrite", tmp_path)).exit_code == 0
+    before, calls, half = len(server.bodies), CALLS[command], CALLS[command] // 2
+    server.usage = (0, MOST[command])
+    dear = ("--price", f"0,{1e6 / MOST[command]}")  # a call costs 1
+    stopped = call(*one_response(command, tmp_path, *dear, "--max-cost", half))
+    assert stopped.exit_code == 2
+    assert f"max_cost={half}: stopped after {half} of {calls} tasks, {half}.0000 spent" in stopped.stderr
+    assert "answers.jsonl: raise the limit to go on" in stopped.stderr
+    assert len(stopped.stderr.strip().splitlines()) == 1
+    assert len(server.bodies) == before + half
+    assert call(*one_response(command, tmp_path, *dear, "--max-cost", calls)).exit_code == 0
+    assert len(server.bodies) == before + calls
+
+
+def test_a_command_that_was_killed_at_half_and_run_again_calls_as_often_as_one_that_was_not(server, tmp_path):
+    assert call(*one_response("rewrite", tmp_path)).exit_code == 0
+    before, cache = len(server.bodies), tmp_path / "answers.jsonl"
+    half = before + CALLS["verify"] // 2
+    server.hold_after = half
+    code = "from pluralprefs.cli import main; main()"
+    arguments = ["attributes", *map(str, one_response("verify", tmp_path))]
+    child = subprocess.Popen([sys.executable, "-c", code, *arguments], cwd=Path(__file__).parents[1])
+    try:
+        deadline = time.monotonic() + 60
+        while not (cache.read_bytes().count(b"\n") == half and len(server.bodies) == half + 8):
+            assert child.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+    finally:
+        child.kill()
+        child.wait()
+    assert not (tmp_path / "judgements.parquet").exists()
+    server.hold_after = None
+    done = call(*one_response("verify", tmp_path))
+    assert done.exit_code == 0, done.stderr
+    assert server.answered == before + CALLS["verify"]  # the eight under way at the kill never got an answer
+    assert pl.read_parquet(tmp_path / "verified.parquet")["agreement"].to_list() == [1.0] * 10
+
+
 def test_a_mistake_is_one_line(tmp_path):
     mistakes = {
         ("verify",): "attributes rewrite",
@@ -78,8 +184,6 @@ def test_a_mistake_is_one_line(tmp_path):
 
 
 def test_a_set_of_ones_own_goes_with_the_folder(tmp_path):
-    from pluralprefs.attributes.catalog import CATALOG, load
-
     own = tmp_path / "own.toml"
     one = replace(CATALOG["politeness"], definition="how kind the words are")
     lines = [f"{name} = {value!r}" for name, value in vars(one).items() if name != "levels"]
