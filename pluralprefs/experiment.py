@@ -22,6 +22,7 @@ import optax
 import polars as pl
 
 from pluralprefs.adapt import laplace_user
+from pluralprefs.attributes.source import AttributeSource, checked
 from pluralprefs.baselines import artefact_log_odds, length_only, majority_of_others, prediction_rows
 from pluralprefs.data import batches, splits
 from pluralprefs.encoders import load as load_encoder
@@ -52,7 +53,7 @@ Tell = Callable[[str], None]
 class Experiment:
     """What to run. `data` returns the table; an `encoder` of None means that `attr:` columns are the features.
 
-    attributes   source of `Item.attributes`: `names`, `attributes(items)`, and `fit` where training items teach it
+    attributes   source of `Item.attributes` (`AttributeSource`), with `fit` where training items teach it
     features   keywords of `Features.fit`: columns appended to the embedding (log length, a kernel)
     shots, draws   the shot curve of unseen users; `support` returns published draws instead of drawing
     controls   predict for the wrong user and with reversed labels too
@@ -66,7 +67,7 @@ class Experiment:
     data: Callable[[], pl.DataFrame]
     model: Callable[..., Any]
     encoder: Callable[[], Any] | None = None
-    attributes: Callable[[], Any] | None = None
+    attributes: Callable[[], AttributeSource] | None = None
     features: Mapping[str, Any] = field(default_factory=dict)
     users: Pooled = field(default_factory=Pooled)
     community: str = "community_id"
@@ -188,7 +189,7 @@ def _with_attributes(
     if hasattr(source, "fit"):
         known = items.filter(pl.col("item_id").is_in(_training_items(table)))
         source = type(source).fit(items, known["item_key"])
-    return source, attach(source, items, features)
+    return checked(source), attach(source, items, features)
 
 
 def attach(source: Any, items: pl.DataFrame, features: Item) -> Item:

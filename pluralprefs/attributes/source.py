@@ -1,8 +1,9 @@
 """Where a run's attributes come from: predictors that read each response, or a store of what they said before.
 
-A source gives `Item.attributes` and its mask by name (`names`, `attributes(items)`); `encoders.attributes` is the
-third kind, columns of the data. `Predicted` scores any text, so a run that was trained on it can be asked about new
-ones; `Stored` looks responses up by id, for data too large to encode twice, and masks those that it lacks.
+A source gives `Item.attributes` and its mask by name (`AttributeSource`); `encoders.attributes` is the third kind,
+columns of the data, and your own may be the fourth. `Predicted` scores any text, so a run that was trained on it can be
+asked about new ones; `Stored` looks responses up by id, for data too large to encode twice, and masks those that it
+lacks.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import polars as pl
@@ -25,6 +27,35 @@ from pluralprefs.encoders.tokens import Content, plain
 PREDICTORS = "predictors.safetensors"
 COLUMNS = "attributes.json"
 Found = tuple[Float[np.ndarray, "items attributes width"], Bool[np.ndarray, "items attributes"]]
+
+
+@runtime_checkable
+class AttributeSource(Protocol):
+    """What an experiment asks of a source of attributes."""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The attributes, in the order of the columns."""
+        ...
+
+    def attributes(self, items: pl.DataFrame) -> Found:
+        """Embeddings of the items of `data.batches.item_table`, calibrated scores first, and which are at hand."""
+        ...
+
+    def save(self, folder: Path, /) -> None:
+        """Write into a run folder what `restore` needs; nothing where the experiment makes the source again."""
+        ...
+
+
+def checked(source: Any) -> AttributeSource:
+    """Return the source; raise TypeError, naming what it lacks, where it is none."""
+    lacking = [name for name in ("names", "attributes", "save") if not hasattr(source, name)]
+    if lacking:
+        raise TypeError(
+            f"attributes: {type(source).__name__} has no {lacking[0]!r}; a source has names, attributes(items) and "
+            "save(folder), see attributes.source.AttributeSource"
+        )
+    return source
 
 
 @dataclass(frozen=True, eq=False)
