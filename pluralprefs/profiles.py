@@ -19,11 +19,11 @@ identified: what `preference` says of all people, the head can say as well. Attr
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import combinations
 from math import comb
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -47,6 +47,26 @@ SCHEMA = {
     "ci_low": pl.Float64, "ci_high": pl.Float64, "n": pl.Int64, "seed": pl.Int64,
 }  # fmt: skip
 Slopes = tuple[Float[np.ndarray, " attributes"], Float[np.ndarray, " attributes"]]  # mean and variance
+
+
+class Sample(NamedTuple):
+    """Comparisons that slopes are taken over, and what turns their log-odds into slopes: made once for all users."""
+
+    rows: Comparisons[Item]
+    inverse: Float[jax.Array, "attributes rows"]
+
+    @classmethod
+    def of(cls, items: Item, rows: Rows) -> Sample:
+        """Gather the rows and solve least squares on the differences of their scores, all attributes at once.
+
+        An attribute whose scores never differ gets slope 0; collinear attributes share theirs.
+        """
+        score = np.asarray(_scores(items), np.float64)
+        difference = score[np.asarray(rows.first)] - score[np.asarray(rows.second)]
+        spread = difference.std(0)
+        spread = np.where(spread > 0, spread, 1.0)
+        inverse = np.linalg.pinv(difference / spread, rcond=RCOND) / spread[:, None]
+        return cls(gathered(items, jax.tree.map(jnp.asarray, rows)), jnp.asarray(inverse, jnp.float32))
 
 
 def attribute_weights(
@@ -79,12 +99,13 @@ def user_weights(
     Attention is over the responses of the training rows. Raises TypeError for a family without attributes.
     """
     _require_attributes(fitted.model, items)
-    sample = _sample(fitted.rows)
-    around = dict(enumerate(community_slopes(fitted, items, len(communities)), start=-1))
-    responses = jax.tree.map(lambda x: x[np.unique(np.concatenate([sample.first, sample.second]))], items)
+    rows = _spread(fitted.rows)
+    sample = Sample.of(items, rows)
+    around = _community_slopes(fitted, items, sample, {community for community, *_ in users.values()})
+    responses = jax.tree.map(lambda x: x[np.unique(np.concatenate([rows.first, rows.second]))], items)
     found = []
     for name, (community, posterior, n) in users.items():
-        value, spread = slopes(fitted.model, fitted.users, items, sample, posterior, community)
+        value, spread = slopes(fitted.model, fitted.users, sample, posterior, community)
         own = jax.tree.map(jnp.add, gather(fitted.users, jnp.asarray(community), jnp.asarray(-1))[0],
                            posterior.mean.state)  # fmt: skip
         alpha = np.asarray(_alpha(fitted.model, own, responses))
@@ -98,7 +119,12 @@ def user_weights(
 
 
 def over_seeds(weights: pl.DataFrame) -> pl.DataFrame:
-    """Average profiles over seeds; an interval is widened by the spread between them. `seed` is null then."""
+    """Average profiles over seeds; an interval is widened by the spread between them. `seed` is null then.
+
+    Runs from before users had profiles have tables without the column `user`: all their rows are of communities.
+    """
+    if "user" not in weights.columns:
+        weights = weights.with_columns(user=pl.lit(None, pl.String))
     half = (pl.col("ci_high") - pl.col("ci_low")) / 2 / NORMAL
     grouped = weights.group_by("community", "user", "attribute", "kind", maintain_order=True).agg(
         pl.col("mean").mean(), within=(half**2).mean(), between=pl.col("mean").var().fill_null(0.0), n=pl.col("n").max()
@@ -140,21 +166,12 @@ def _cell(row: dict[str, Any] | None) -> str:
     return f"{row['mean']:+.2f}{star}[{low:+.2f}, {high:+.2f}]"
 
 
-def slopes(
-    model: Any, users: Users, items: Item, sample: Rows, posterior: UserPosterior, community: int = -1
-) -> Slopes:
+def slopes(model: Any, users: Users, sample: Sample, posterior: UserPosterior, community: int = -1) -> Slopes:
     """Slope of the log-odds on each attribute's score difference, and its variance, under a user's posterior.
 
-    Least squares over the rows of `sample`, all attributes at once; the user departs from `community` (-1: from the
-    population). An attribute whose scores never differ has slope 0; collinear attributes share theirs.
+    The user departs from `community` (-1: from the population).
     """
-    score = np.asarray(_scores(items), np.float64)
-    difference = score[np.asarray(sample.first)] - score[np.asarray(sample.second)]
-    spread = difference.std(0)
-    spread = np.where(spread > 0, spread, 1.0)
-    inverse = jnp.asarray(np.linalg.pinv(difference / spread, rcond=RCOND) / spread[:, None], jnp.float32)
-    found, spread = _slopes(model, users, gathered(items, jax.tree.map(jnp.asarray, sample)), inverse,
-                            posterior.replace(base=""), jnp.asarray(community))  # fmt: skip
+    found, spread = _slopes(model, users, *sample, posterior.replace(base=""), jnp.asarray(community))
     return np.asarray(found, np.float64), np.asarray(spread, np.float64)
 
 
@@ -180,18 +197,23 @@ def community_slopes(fitted: Fitted, items: Item, count: int) -> list[Slopes]:
 
     The population's variance is NaN where no halves of the users could be compared: it is unknown, not zero.
     """
-    sample, neither = _sample(fitted.rows), _point(fitted.model)
+    sample = Sample.of(items, _spread(fitted.rows))
+    return list(_community_slopes(fitted, items, sample, range(-1, count)).values())
+
+
+def _community_slopes(fitted: Fitted, items: Item, sample: Sample, asked: Collection[int]) -> dict[int, Slopes]:
+    """Slopes of the communities asked for, by number, the population as -1 first."""
     shared = fitted.notes.get("preference_variance", {})
-    value, none = slopes(fitted.model, fitted.users, items, sample, neither)
-    found = [(value, none + shared.get("population", np.nan))]
-    alone, posteriors = community_posteriors(fitted, items, count)
+    value, none = slopes(fitted.model, fitted.users, sample, _point(fitted.model))
+    found = {-1: (value, none + shared.get("population", np.nan))}
+    alone, posteriors = community_posteriors(fitted, items, sorted(set(asked) - {-1}))
     size = fitted.users.user_root.shape[0]
     anyone = UserPosterior(neutral(fitted.model), Covariance(fitted.users.user_root, jnp.zeros((0, size))))
-    for number, posterior in enumerate(posteriors):
-        mean, spread = slopes(fitted.model, alone, items, sample, posterior)
-        _, of_users = slopes(fitted.model, fitted.users, items, sample, anyone, number)
+    for number, posterior in posteriors.items():
+        mean, spread = slopes(fitted.model, alone, sample, posterior)
+        _, of_users = slopes(fitted.model, fitted.users, sample, anyone, number)
         share = _shares(fitted.rows, number)
-        found.append((mean, spread + shared.get("community", 0.0) + of_users * (share**2).sum()))
+        found[number] = mean, spread + shared.get("community", 0.0) + of_users * (share**2).sum()
     return found
 
 
@@ -206,8 +228,8 @@ def _shares(rows: Rows, community: int) -> Float[np.ndarray, " users"]:
     return count / max(len(users), 1)
 
 
-def community_posteriors(fitted: Fitted, items: Item, count: int) -> tuple[Users, list[UserPosterior]]:
-    """Each community's deviation given the training rows, and the table that it departs from: the population."""
+def community_posteriors(fitted: Fitted, items: Item, numbers: Sequence[int]) -> tuple[Users, dict[int, UserPosterior]]:
+    """Deviations of some communities given the training rows, and the table that they depart from: the population."""
     users, rows = fitted.users, strangers(fitted.rows)
     state = np.array(part_names(neutral(fitted.model))) != "gain"  # care is a user's alone
     root = jnp.where(state if users.community_root.ndim == 1 else state[:, None], users.community_root, 0.0)
@@ -216,10 +238,10 @@ def community_posteriors(fitted: Fitted, items: Item, count: int) -> tuple[Users
     )
     unit = np.asarray(rows.community)
     rows = rows.replace(community=np.full_like(unit, -1), offset=np.zeros_like(rows.offset))
-    known = unit >= 0
+    known = np.isin(unit, numbers)
     found = adapt_units(fitted.model, alone, items, take(rows, np.flatnonzero(known)), unit[known])
     prior = UserPosterior(neutral(fitted.model), Covariance(root, jnp.zeros((0, len(state)))))
-    return alone, [found.get(number, prior) for number in range(count)]
+    return alone, {number: found.get(number, prior) for number in numbers}
 
 
 def preference_variance(halves: Sequence[Fitted], items: Item, count: int) -> dict[str, float]:
@@ -242,7 +264,7 @@ def _preferences(fitted: Fitted, items: Item, names: Sequence[str]) -> Iterator[
             yield at, _row({"community": names[number]}, "preference", value[at], half[at], n)
 
 
-def _sample(rows: Rows) -> Rows:
+def _spread(rows: Rows) -> Rows:
     """Training rows that all slopes are taken over, spread evenly."""
     count = len(rows.target)
     return take(rows, np.linspace(0, count - 1, min(count, SLOPE_ROWS)).astype(int))

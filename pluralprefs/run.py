@@ -226,13 +226,14 @@ class Run:
         return pl.concat([summarise(joined, pool_seeds=True), controls(joined, pool_seeds=True)])
 
     def profile(
-        self, users: Mapping[str, UserPosterior] | None = None, *, community: str | None = None
+        self, users: Mapping[str, UserPosterior] | Sequence[str] | None = None, *, community: str | None = None
     ) -> pl.DataFrame:
         """Attribute profiles of users: preference and attention with intervals (`profiles.user_weights`).
 
-        `users` are adapted ones, who depart from `community` (None: from the population); without any, all users of
-        the training data, each from the community of most of its rows. Slopes are taken over the kept training rows.
-        Raises DataError where the run kept none, TypeError for a family without attributes.
+        `users` are adapted ones by name, who depart from `community` (None: from the population), or names of users of
+        the training data, who depart each from the community of most of its rows; without `users` all of the latter.
+        Slopes are taken over the kept training rows. Raises DataError where the run kept none or not that user's,
+        TypeError for a family without attributes.
         """
         if self.rows is None or self.items is None:
             raise DataError(f"{self.folder.name}: kept no training rows to profile users on; fit with save_users")
@@ -240,12 +241,12 @@ class Run:
         if community is not None and community not in known:
             raise DataError(f"community {community!r}: the run has {', '.join(known) or 'none'}")
         fitted = Fitted(self.model, self.users, self.rows, self.notes)
-        if users is not None:
+        if isinstance(users, Mapping):
             place = -1 if community is None else known.index(community)
             units = {name: (place, posterior, None) for name, posterior in users.items()}
         else:
             user, rows = np.asarray(self.rows.user), self.rows
-            mine = np.flatnonzero(user >= 0)
+            mine = np.flatnonzero(user >= 0 if users is None else np.isin(user, self._numbers(users)))
             found = adapt_units(self.model, self.users, self.items, take(rows, mine), user[mine])
             units = {
                 self.vocabulary.users[u]: (_usual(rows.community[user == u]), p, int((user == u).sum()))
@@ -253,6 +254,15 @@ class Run:
             }
         names = self.attributes.names if self.attributes is not None else ()
         return user_weights(fitted, self.items, units, known, names)
+
+    def _numbers(self, names: Sequence[str]) -> list[int]:
+        """The numbers of users of the kept training rows."""
+        seen = [] if self.rows is None else np.unique(np.asarray(self.rows.user)).tolist()
+        kept = {self.vocabulary.users[user]: user for user in seen if user >= 0}
+        for name in names:
+            if name not in kept:
+                raise DataError(f"user {name!r}: is no user of the training data that {self.folder.name} kept")
+        return [kept[name] for name in names]
 
     def save_users(self, path: str | Path, posteriors: Mapping[str, UserPosterior]) -> None:
         """Write user states to one safetensors file, with their names and this model's fingerprint in its metadata."""

@@ -9,10 +9,12 @@ import polars as pl
 import pytest
 from families import FAMILIES, items, pick, rows
 
+from pluralprefs import profiles
 from pluralprefs.adapting import adapt_units
 from pluralprefs.fitting import Fitted, take
 from pluralprefs.profiles import (
     SCHEMA,
+    Sample,
     attribute_weights,
     over_seeds,
     preference_variance,
@@ -121,7 +123,7 @@ def test_an_interval_holds_what_members_and_shared_parameters_leave_open():
     fitted.users = fitted.users.replace(user_root=jnp.full(7, 0.5))
     found = attribute_weights(fitted, x, fitted.rows, ("cats", "dogs"), NAMES)
     user = UserPosterior(neutral(fitted.model), Covariance(fitted.users.user_root, jnp.zeros((0, 7))))
-    _, spread = slopes(fitted.model, fitted.users, x, fitted.rows, user, 0)
+    _, spread = slopes(fitted.model, fitted.users, Sample.of(x, fitted.rows), user, 0)
     np.testing.assert_allclose(half_width(found, "cats"), 1.959964 * np.sqrt(spread / 2), rtol=1e-2)
     assert found.filter(community="", kind="preference")["ci_low"].is_null().all()  # unknown, not certain
     other = Fitted(fitted.model, fitted.users.replace(population=fitted.users.population | {
@@ -142,7 +144,7 @@ def test_collinear_attributes_share_their_slope():
     assert found[0] == pytest.approx(found[1], rel=1e-2)
 
 
-def test_a_user_has_a_profile_as_wide_as_what_is_known():
+def test_a_user_has_a_profile_as_wide_as_what_is_known(monkeypatch):
     fitted, x = fitted_and_items()
     fitted.users = fitted.users.replace(user_root=jnp.full(7, 0.5))
     prior = UserPosterior(neutral(fitted.model), Covariance(fitted.users.user_root, jnp.zeros((0, 7))))
@@ -162,6 +164,15 @@ def test_a_user_has_a_profile_as_wide_as_what_is_known():
     far = found.filter(pl.col("user") == "far", pl.col("kind") == "preference")
     np.testing.assert_allclose(far["mean"], of(whole, "", "preference"), rtol=1e-5)
     assert found.filter(pl.col("user") == "ana", pl.col("kind") == "attention")["mean"].sum() == pytest.approx(1.0)
+    inverses, adapted = [], []
+    pinv, adapt = np.linalg.pinv, profiles.adapt_units
+    monkeypatch.setattr(np.linalg, "pinv", lambda *given, **options: inverses.append(1) or pinv(*given, **options))
+    monkeypatch.setattr(profiles, "adapt_units", lambda *given: adapted.append(set(given[4])) or adapt(*given))
+    one = user_weights(fitted, x, {"ana": (0, known, 20)}, ("cats", "dogs"), NAMES)
+    assert len(inverses) == 1
+    assert adapted == [{0}]  # the community of the one user, and no other
+    for column in ("mean", "ci_low", "ci_high"):
+        np.testing.assert_allclose(one[column], found.filter(user="ana")[column], rtol=1e-4, atol=1e-5)
 
 
 def test_attention_is_the_mean_over_responses_and_sums_to_one():
@@ -222,6 +233,8 @@ def test_seeds_are_averaged_and_widen_the_interval():
     assert found["mean"].to_list() == [1.0]
     assert found["ci_high"][0] == pytest.approx(1.0 + 1.959964 * np.sqrt(1.0 + 2.0))
     assert found["seed"].to_list() == [None]
+    old = pl.DataFrame(rows_of, schema=SCHEMA).drop("user")  # of a run from before users had profiles
+    assert over_seeds(old).equals(found)
 
 
 def test_a_family_without_attributes_is_refused():
