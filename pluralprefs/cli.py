@@ -180,9 +180,11 @@ def score(
 @plainly
 def profile(
     run: Annotated[Path, typer.Argument(help="Run folder of a family with attributes.")],
-    community: Annotated[str | None, typer.Option(help="One community; all by default.")] = None,
+    community: Annotated[str | None, typer.Option(help='One, all by default; of --users ("" for none).')] = None,
     user: Annotated[str | None, typer.Option(help='A user of the training data, or "all"; needs kept rows.')] = None,
-    users: Annotated[Path | None, typer.Option(help="User states of `adapt`, from --community.")] = None,
+    users: Annotated[
+        Path | None, typer.Option(help="States of `adapt`; name their --community, which they lack.")
+    ] = None,
     kind: Annotated[
         str, typer.Option(help="preference, attention; of communities ablation, shapley (six attributes or fewer).")
     ] = "preference",
@@ -218,20 +220,19 @@ def profile(
 
 def _user_profiles(run: Path, user: str | None, users: Path | None, community: str | None, seed: int | None) -> Any:
     """Profiles of adapted users, or of those of the training data."""
-    import polars as pl
-
     loaded = _load(run, seed)
     if users is not None and community is None and bool((loaded.users.community_root > 0).any()):
-        raise ValueError('--users: name the community that they were adapted in with --community ("" for none)')
+        names = ", ".join(loaded.vocabulary.communities)
+        raise ValueError(f"{users}: a user state does not say from which community the user departs; add --community "
+                         f'with one of {names}, or --community "" for none')  # fmt: skip
     if users is not None:
         return loaded.profile(loaded.load_users(users), community=community or None)
-    rows = loaded.profile()
-    if user == "all":
-        return rows
-    rows = rows.filter(pl.col("user").is_in([user, loaded.known_as(user or "")]))
-    if not rows.height:
+    if user is None or user == "all":
+        return loaded.profile()
+    known = [name for name in (user, loaded.known_as(user)) if name in loaded.vocabulary.users]
+    if not known:
         raise ValueError(f"--user {user}: is no user of the training data that the run kept")
-    return rows
+    return loaded.profile(known[:1])
 
 
 @app.command(epilog='Example: pluralprefs runs --where "model=low_rank and accuracy>0.7"')

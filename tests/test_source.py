@@ -1,5 +1,8 @@
 """Attributes of a run from predictors that read the texts, or from a store, end to end and by name."""
 
+import sys
+from dataclasses import replace
+
 import numpy as np
 import polars as pl
 import pytest
@@ -16,6 +19,8 @@ from pluralprefs.data.files import DataError
 from pluralprefs.data.ids import MESSAGES
 from pluralprefs.data.lexicon import attributes, palette, palette_world
 from pluralprefs.encoders.tokens import plain
+from pluralprefs.experiment import prepare
+from pluralprefs.models.attribute_attention import AttributeAttention
 from pluralprefs.run import load
 
 NAMES = ("length", "vowels")
@@ -129,7 +134,7 @@ def judgements(count=240):
     return pl.DataFrame(rows, schema=columns, orient="row")
 
 
-def test_a_run_keeps_its_predictors_scores_new_texts_and_profiles_users(folder):
+def test_a_run_keeps_its_predictors_scores_new_texts_and_profiles_users(folder, monkeypatch):
     data = folder / "data.parquet"
     judgements().write_parquet(data)
     few = ["epochs=5", "shots=[0,4]", "draws=1", "users.rounds=2", "users.cross_fit=null", "controls=false"]
@@ -148,13 +153,51 @@ def test_a_run_keeps_its_predictors_scores_new_texts_and_profiles_users(folder):
     profile = again.profile()
     assert set(profile["kind"]) == {"preference", "attention"}
     assert profile["user"].n_unique() == len(set(np.asarray(again.rows.user)))
+    run_of_folders = sys.modules["pluralprefs.run"]  # pp.run is the function
+    adapt, adapted = run_of_folders.adapt_units, []
+    with monkeypatch.context() as patch:
+        patch.setattr(run_of_folders, "adapt_units", lambda *given: adapted.append(set(given[4])) or adapt(*given))
+        two = again.profile(again.vocabulary.users[2:4])
+    assert adapted == [{2, 3}]  # nobody else is solved
+    whole = profile.filter(pl.col("user").is_in(again.vocabulary.users[2:4]))
+    np.testing.assert_allclose(two["mean"], whole["mean"], rtol=1e-3, atol=1e-4)
+    np.testing.assert_allclose(two["ci_low"], whole["ci_low"], rtol=1e-3, atol=1e-4)
+    with pytest.raises(DataError, match="user 'nobody': is no user of the training data"):
+        again.profile(["nobody"])
     assert again.profile(again.adapt(new), community="yes")["community"].unique().to_list() == ["yes"]
     done = CliRunner().invoke(app, ["profile", str(run.folder.path), "--user", "u1"])
     assert done.exit_code == 0, done.output
     assert "vowels" in done.output
+    again.save_users(folder / "users.safetensors", again.adapt(new))
+    states = str(folder / "users.safetensors")
+    done = CliRunner().invoke(app, ["profile", str(run.folder.path), "--users", states])
+    assert done.exit_code == 2
+    assert "users.safetensors: a user state does not say from which community" in done.stderr
+    assert "one of no, yes" in done.stderr
     done = CliRunner().invoke(app, ["profile", str(run.folder.path), "--user", "nobody"])
     assert done.exit_code == 2
     assert "--user nobody" in done.stderr
+
+
+def test_a_source_of_ones_own_is_asked_for_all_that_a_run_needs():
+    class Constant:
+        names = ("one",)
+
+        def attributes(self, items):
+            return np.ones((items.height, 1, 1), np.float32), np.ones((items.height, 1), bool)
+
+    class Saved(Constant):
+        def save(self, folder):
+            """Nothing to keep."""
+
+    columns = judgements(20)
+    experiment = pp.Experiment(data=lambda: comparisons.from_trl(columns), model=AttributeAttention.init,
+                               attributes=Constant)  # fmt: skip
+    with pytest.raises(TypeError, match=r"Constant has no 'save'; a source has names, attributes\(items\) and save"):
+        prepare(experiment, progress=False)
+    found = prepare(replace(experiment, attributes=Saved), progress=False)
+    assert isinstance(found.attributes, source.AttributeSource)
+    assert found.features.attributes.shape == (found.items.height, 1, 1)
 
 
 def test_attributes_are_refused_where_nothing_reads_them(folder):
