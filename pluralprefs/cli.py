@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from pluralprefs.attributes_cli import attributes_app
+from pluralprefs.registry_cli import runs_app
 from pluralprefs.terminal import plainly, say, warn
 
 if TYPE_CHECKING:
@@ -27,6 +28,7 @@ app = typer.Typer(
 data_app = typer.Typer(no_args_is_help=True, help="Look at comparison files.")
 app.add_typer(data_app, name="data")
 app.add_typer(attributes_app, name="attributes")
+app.add_typer(runs_app, name="runs")
 
 MODELS = (
     "bradley_terry, bradley_terry_mlp, individual, low_rank, lore, ideal_point, ideal_direction or attribute_attention."
@@ -233,37 +235,6 @@ def _user_profiles(run: Path, user: str | None, users: Path | None, community: s
     if not known:
         raise ValueError(f"--user {user}: is no user of the training data that the run kept")
     return loaded.profile(known[:1])
-
-
-@app.command(epilog='Example: pluralprefs runs --where "model=low_rank and accuracy>0.7"')
-@plainly
-def runs(
-    root: Root = Path("runs"),
-    where: Annotated[str | None, typer.Option(help='Filter: "model=low_rank and accuracy>0.7"')] = None,
-    json: Annotated[bool, typer.Option("--json", help="As JSON lines.")] = False,
-    debug: Annotated[bool, typer.Option(help="Show tracebacks.")] = False,
-) -> None:
-    """List the runs of a folder."""
-    import polars as pl
-
-    from pluralprefs.registry import list_runs
-
-    if not root.is_dir():
-        raise ValueError(f"{root}: no such folder; --root names the folder that `train` and `fit` write runs to")
-    table = list_runs(root, where)
-    if json:
-        say(table.write_ndjson().rstrip())
-        return
-    with pl.Config(
-        tbl_rows=-1,
-        tbl_cols=-1,
-        tbl_hide_dataframe_shape=True,
-        tbl_hide_column_data_types=True,
-        fmt_str_lengths=200,
-        tbl_width_chars=300,
-    ):
-        shown = [name for name in ("run", "status", "model", "data", "accuracy", "nll") if name in table.columns]
-        say(str(table.select(shown or table.columns)))
 
 
 @data_app.command(epilog="Example: pluralprefs data check my.jsonl")

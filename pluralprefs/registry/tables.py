@@ -1,37 +1,20 @@
 """Many runs as tables: the list of runs, and any table of every run in one frame.
 
-Listing reads one small file per run and nothing else, so that ten thousand runs list in a second or so.
+Listing reads an index, or one small file per run where the index is out of date (see `index`).
 """
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
-from typing import Any
 
 import polars as pl
 
 from pluralprefs.registry.files import RegistryError
-from pluralprefs.registry.folder import read_run, read_table, status_now, table_file
+from pluralprefs.registry.folder import STATUSES, RunFolder, open_run, read_table, status_now, table_file
+from pluralprefs.registry.index import RUNS, read_runs
 from pluralprefs.registry.where import parse_where
-
-RUNS: dict[str, Any] = {
-    "run": pl.String,
-    "status": pl.String,
-    "model": pl.String,
-    "data": pl.String,
-    "created": pl.String,
-    "wall_seconds": pl.Float64,
-    "peak_memory_bytes": pl.Int64,
-    "seeds": pl.List(pl.Int64),
-    "devices": pl.List(pl.String),
-    "data_fingerprint": pl.String,
-    "git_commit": pl.String,
-    "git_dirty": pl.Boolean,
-    "host": pl.String,
-    "error": pl.String,
-    "path": pl.String,
-}
 
 
 def list_runs(root: Path | str = "runs", where: str | None = None) -> pl.DataFrame:
@@ -40,15 +23,17 @@ def list_runs(root: Path | str = "runs", where: str | None = None) -> pl.DataFra
     `where` filters: "model=ideal_point and status=done and accuracy>0.7" (see `parse_where`). A run whose run.json is
     broken is listed with status "unreadable" and the reason in `error`. A missing root is a list without rows.
     """
-    rows, summaries = [], []
-    for name in _folders(root):
-        row, summary = _row(name, os.path.join(root, name))
-        rows.append(row)
-        summaries.append(summary)
-    names = sorted({name for summary in summaries for name in summary} - RUNS.keys())
+    table = read_runs(root)
+    summaries = json.loads(f"[{','.join(table['summary'])}]")
+    names = sorted({name for summary in summaries for name in summary} - RUNS.keys() - {"path"})
     columns = {name: [summary.get(name) for summary in summaries] for name in names}
-    table = pl.DataFrame(rows, schema=RUNS, strict=False, orient="row")
-    table = table.with_columns(pl.Series(name, values, dtype=pl.Float64) for name, values in columns.items())
+    ended = [_status(*row) for row in table.select("status", "process", "error").iter_rows()]
+    table = table.select(list(RUNS)).with_columns(
+        pl.Series("status", [status for status, _ in ended], pl.String),
+        pl.Series("error", [error for _, error in ended], pl.String),
+        pl.Series("path", [os.path.join(root, name) for name in table["run"]], pl.String),
+        *(pl.Series(name, values, dtype=pl.Float64) for name, values in columns.items()),
+    )
     return table if where is None else table.filter(parse_where(where, table.schema))
 
 
@@ -68,28 +53,29 @@ def load_table(root: Path | str, name: str, where: str | None = None) -> pl.Data
     return pl.concat(parts, how="diagonal_relaxed")
 
 
-def _folders(root: Path | str) -> list[str]:
-    """The names of the run folders in `root`, in order."""
-    if not os.path.exists(root):
-        return []
-    with os.scandir(root) as entries:
-        names = sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
-    return [name for name in names if os.path.exists(os.path.join(root, name, "run.json"))]
+def _status(status: str | None, process: str | None, error: str | None) -> tuple[str, str | None]:
+    """The status as of now and the error, from what run.json says of them."""
+    if status is None:
+        return "unreadable", error
+    if status != "running" and status in STATUSES:
+        return status, error
+    now = status_now({"status": status, "process": json.loads(process or "null")})
+    if now == "interrupted" and error is None:
+        return now, "the process ended without a word"
+    return now, f"run.json: status {status!r} is unknown" if now == "unreadable" else error
 
 
-def _row(name: str, path: str) -> tuple[dict[str, Any], dict[str, float]]:
-    """The columns of `RUNS` and the summary of one run."""
-    try:
-        content = read_run(path)
-    except RegistryError as error:
-        return {"run": name, "status": "unreadable", "error": str(error), "path": path}, {}
-    row = {column: content.get(column) for column in RUNS}
-    parts = (content.get(part) for part in ("git", "process", "summary"))
-    git, process, summary = (part if isinstance(part, dict) else {} for part in parts)
-    row |= {"run": name, "path": path, "status": status_now(content), "host": process.get("host")}
-    row |= {"git_commit": git.get("commit"), "git_dirty": git.get("dirty")}
-    if row["status"] == "interrupted" and row["error"] is None:
-        row["error"] = "the process ended without a word"
-    elif row["status"] == "unreadable":
-        row["error"] = f"run.json: status {content.get('status')!r} is unknown"
-    return row, {str(key): float(value) for key, value in summary.items() if isinstance(value, int | float)}
+def find_run(text: str, root: Path | str = "runs") -> RunFolder:
+    """Open the run that `text` means: a run folder's path, a name under `root`, or a part that one name alone has.
+
+    Raises RegistryError where there is none or several, with their names.
+    """
+    if os.path.exists(os.path.join(text, "run.json")):
+        return open_run(text)
+    names = read_runs(root)["run"].to_list()
+    found = [name for name in names if name == text] or [name for name in names if text in name]
+    if len(found) == 1:
+        return open_run(os.path.join(root, found[0]))
+    if not found:
+        raise RegistryError(f"{text}: no run folder, and no run in {root} has this in its name")
+    raise RegistryError(f"{text}: {len(found)} runs in {root} have this in their names, first {', '.join(found[:3])}")
