@@ -43,6 +43,8 @@ from pluralprefs.registry.folder import table_file
 from pluralprefs.run import Run, load, save_seed, save_shared
 from pluralprefs.training import Report
 
+LOSSES = {"seed": pl.Int64, "training": pl.Int64, "epoch": pl.Int64, "loss": pl.Float64}
+
 
 def run(
     experiment: Experiment,
@@ -100,13 +102,14 @@ def _fill(folder: RunFolder, experiment: Experiment, prepared: Prepared, progres
         save_shared(folder, experiment, prepared)
         draws = support(experiment, prepared.table)
         predictions = _predictions_so_far(folder, experiment, prepared)
-        profiles = _profiles_so_far(folder)
+        profiles, losses = _profiles_so_far(folder), _losses_so_far(folder)
         for seed in experiment.seeds:
             if str(seed) in folder.read().get("notes", {}):
                 tell(f"seed {seed}: fitted before")
                 continue
             with _epoch_bar(f"seed {seed}", shown=progress) as report:
-                fitted = fit_seed(experiment, prepared, seed, checkpoints=_checkpoints(folder, seed), report=report)
+                curve = _Losses(seed, report)
+                fitted = fit_seed(experiment, prepared, seed, checkpoints=_checkpoints(folder, seed), report=curve)
             tell(f"seed {seed}: {summary_line(fitted)}")
             found = evaluate(fitted, prepared.features, prepared.table, prepared.rows, draws, model=experiment.name,
                              seed=seed, shots=experiment.shots, adapter=experiment.adapter,
@@ -116,6 +119,9 @@ def _fill(folder: RunFolder, experiment: Experiment, prepared: Prepared, progres
             if prepared.attributes is not None:
                 profiles = pl.concat([profiles, _profile(fitted, prepared, seed)])
                 folder.write_table("attribute_weights", profiles)
+            losses = pl.concat([losses, pl.DataFrame(curve.rows, schema=LOSSES, orient="row")])
+            if losses.height:
+                folder.write_table("training", losses)
             save_seed(folder, experiment, seed, fitted)
             shutil.rmtree(_checkpoints(folder, seed), ignore_errors=True)
         shutil.rmtree(folder.path / "checkpoints", ignore_errors=True)
@@ -142,6 +148,31 @@ def _profiles_so_far(folder: RunFolder) -> pl.DataFrame:
     if not done or not (folder.path / table_file("attribute_weights")).exists():
         return pl.DataFrame(schema=SCHEMA)
     return folder.table("attribute_weights").filter(pl.col("seed").is_in(done))
+
+
+def _losses_so_far(folder: RunFolder) -> pl.DataFrame:
+    """The losses of the seeds that were fitted before."""
+    done = [int(seed) for seed in folder.read().get("notes", {})]
+    if not done or not (folder.path / table_file("training")).exists():
+        return pl.DataFrame(schema=LOSSES)
+    return folder.table("training").filter(pl.col("seed").is_in(done))
+
+
+class _Losses:
+    """Hear of every epoch of a seed, keep its loss, and pass it on.
+
+    A seed makes several trainings (to choose the epochs, on all rows, on folds and on halves of the users), numbered in
+    order: an epoch that does not follow the last one begins another. A seed that is resumed has its later epochs only.
+    """
+
+    def __init__(self, seed: int, report: Report) -> None:
+        self.seed, self.report = seed, report
+        self.rows: list[tuple[int, int, int, float]] = []
+
+    def __call__(self, done: int, epochs: int, loss: float) -> None:
+        _, training, last, _ = self.rows[-1] if self.rows else (self.seed, 0, 0, 0.0)
+        self.rows.append((self.seed, training + (not self.rows or done <= last), done, loss))
+        self.report(done, epochs, loss)
 
 
 def _profile(fitted: Fitted, prepared: Prepared, seed: int) -> pl.DataFrame:

@@ -89,6 +89,18 @@ def whole_epochs(run):
     return sum(4 + 5 * load(run.folder.path, seed=seed).notes["epochs"] for seed in (0, 1))
 
 
+def test_the_loss_of_every_epoch_is_kept(whole):
+    _, expected = whole
+    losses = expected.folder.table("training")
+    assert losses.height == whole_epochs(expected)
+    assert losses["loss"].is_finite().all()
+    assert losses["training"].unique().sort().to_list() == [1, 2, 3, 4, 5, 6], (
+        "one to choose, all, two folds, two halves"
+    )
+    epochs = losses.group_by("seed", "training", maintain_order=True).agg("epoch")["epoch"].to_list()
+    assert all(part == list(range(1, len(part) + 1)) for part in epochs)
+
+
 def test_a_run_that_is_done_is_returned_as_it_is(whole):
     _, expected = whole
     before = (Path(expected.folder.path) / "run.json").read_bytes()
