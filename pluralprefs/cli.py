@@ -14,6 +14,7 @@ import typer
 from pluralprefs.attributes_cli import attributes_app
 from pluralprefs.registry_cli import runs_app
 from pluralprefs.terminal import plainly, say, warn
+from pluralprefs.wandb_cli import Mirror, after, chosen, wandb_app
 
 if TYPE_CHECKING:
     import polars as pl
@@ -29,6 +30,7 @@ data_app = typer.Typer(no_args_is_help=True, help="Look at comparison files.")
 app.add_typer(data_app, name="data")
 app.add_typer(attributes_app, name="attributes")
 app.add_typer(runs_app, name="runs")
+app.add_typer(wandb_app, name="wandb")
 
 MODELS = (
     "bradley_terry, bradley_terry_mlp, individual, low_rank, lore, ideal_point, ideal_direction or attribute_attention."
@@ -48,6 +50,7 @@ def train(
     only: Annotated[str | None, typer.Option(help="Names of experiments, where the file has several: a,b")] = None,
     root: Annotated[Path | None, typer.Option("--root", help="Folder of run folders.", show_default="runs")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run folder SOURCE where it stopped.")] = False,
+    wandb: Mirror = None,
     debug: Annotated[bool, typer.Option(help="Show tracebacks.")] = False,
 ) -> None:
     """Run an experiment file, repeat a recorded run, or continue one. The last line is the run folder."""
@@ -56,11 +59,12 @@ def train(
     from pluralprefs import launch
     from pluralprefs.describe import override
 
+    mode = chosen(wandb)
     if resume:
         if assignments or seeds is not None or only or root is not None:
             raise ValueError("--resume goes on in the run's own folder with the recorded experiment: leave out --set, "
                              "--seeds, --only and --root")  # fmt: skip
-        _finish(launch.resume(source, tell=say))
+        _finish(launch.resume(source, tell=say), mode)
         return
     experiments = _experiments(source, only)
     for assignment in assignments or ():
@@ -68,7 +72,7 @@ def train(
     if seeds is not None:
         experiments = [replace(experiment, seeds=_seeds(seeds)) for experiment in experiments]
     for experiment in experiments:
-        _finish(launch.run(experiment, root=root or Path("runs"), tell=say))
+        _finish(launch.run(experiment, root=root or Path("runs"), tell=say), mode)
 
 
 @app.command(epilog="Example: pluralprefs fit my.jsonl --model low_rank --encoder minilm --user-column annotator")
@@ -88,17 +92,19 @@ def fit(
     prompt_column: Annotated[str, typer.Option(help="Column of prompts.")] = "prompt",
     save_users: Annotated[bool, typer.Option(help="Keep seen users' rows in the run, to score them later.")] = True,
     keep_ids: Annotated[bool, typer.Option("--keep-ids", help="Do not pseudonymise user ids.")] = False,
+    wandb: Mirror = None,
     debug: Annotated[bool, typer.Option(help="Show tracebacks.")] = False,
 ) -> None:
     """Fit a family to your own comparisons. The last line is the run folder."""
     from pluralprefs.launch import fit as fit_table
 
+    mode = chosen(wandb)
     run = fit_table(
         data, model=model, encoder=encoder, attributes=attributes, root=root, seeds=_seeds(seeds or "0"),
         save_users=save_users, overrides=assignments or (), tell=say, user=user_column, prompt=prompt_column,
         pseudonymise=not keep_ids, community_column=community_column,
     )  # fmt: skip
-    _finish(run)
+    _finish(run, mode)
 
 
 @app.command(epilog="Example: pluralprefs evaluate runs/2026-... --data new.jsonl")
@@ -297,9 +303,11 @@ def _load(path: Path, seed: int | None) -> Run:
     return load(path, seed=seed)
 
 
-def _finish(run: Run) -> None:
-    """Print the results table, then the run folder alone on the last line."""
+def _finish(run: Run, wandb: str) -> None:
+    """Print the results table, then the run folder alone on the last line; mirror the run before."""
     from pluralprefs.results import results_table
+
+    after(run.folder, wandb)
 
     metrics = run.folder.table("metrics")
     say(results_table(metrics) if metrics.height else "no comparison is held out for testing, so there are no metrics")

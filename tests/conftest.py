@@ -22,6 +22,7 @@ os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 os.environ["OPENBLAS_NUM_THREADS"] = "1"  # two test processes on two cores: BLAS threads would only wait for each other
 os.environ.setdefault("MPLBACKEND", "agg")
 os.environ.setdefault("WANDB_MODE", "offline")
+os.environ["PLURALPREFS_WANDB"] = "off"  # a test that wants the mirror asks for it
 
 import pytest
 from jaxtyping import install_import_hook

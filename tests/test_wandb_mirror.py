@@ -1,0 +1,197 @@
+"""An offline mirror, read back from its file, holds every row once, and nothing that stays at home."""
+
+import json
+import struct
+import zlib
+from collections import Counter
+from types import SimpleNamespace
+
+import polars as pl
+import pytest
+from test_plots import metric_rows, predictions
+from test_profile_plots import FOUR, weights
+from typer.testing import CliRunner
+
+from pluralprefs import registry
+from pluralprefs.cli import app
+from pluralprefs.registry import wandb_mirror
+from pluralprefs.registry.wandb_mirror import calibration_rows, config, group, history, metric_name
+from pluralprefs.wandb_cli import chosen
+
+BLOCK, HEADER = 32768, 7  # of LevelDB's log format, in which wandb writes
+EXPERIMENT = {"call": "pluralprefs.experiment:Experiment", "prototypes": 4, "api_key": "S3CRET", "seeds": [0, 1]}
+
+
+def wandb_records(file):
+    """Read the records of a .wandb file by wandb's own message types; every checksum is checked."""
+    from wandb.proto import wandb_internal_pb2
+
+    data = file.read_bytes()
+    assert data[:4] == b":W&B"
+    position, parts = HEADER, []
+    while position + HEADER <= len(data):
+        if BLOCK - position % BLOCK < HEADER:  # the rest of a block is padding
+            position += BLOCK - position % BLOCK
+            continue
+        checksum, length, kind = struct.unpack_from("<IHB", data, position)
+        part = data[position + HEADER : position + HEADER + length]
+        assert checksum == zlib.crc32(part, zlib.crc32(bytes([kind])))
+        parts = [*parts, part] if kind in (3, 4) else [part]
+        position += HEADER + length
+        if kind in (1, 4):
+            yield wandb_internal_pb2.Record.FromString(b"".join(parts))
+
+
+def read_back(run):
+    """The logged steps, the configuration and the summary of the one offline mirror of a run."""
+    [folder] = (run.path / "wandb").glob("offline-run-*")
+    [file] = folder.glob("*.wandb")
+    steps, settings, summary, kinds = [], {}, {}, Counter()
+    for record in wandb_records(file):
+        kinds[record.WhichOneof("record_type")] += 1
+        items = [(item.key or "/".join(item.nested_key), json.loads(item.value_json)) for item in record.history.item]
+        if items:
+            steps.append(dict(items))
+        settings |= {item.key: json.loads(item.value_json) for item in record.run.config.update}
+        summary |= {item.key: json.loads(item.value_json) for item in record.summary.update if item.key}
+        if record.HasField("run"):
+            settings["its group"] = record.run.run_group
+    return folder, steps, settings, summary, kinds
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A finished run of a model `m` with a baseline, controls, communities, profiles and losses."""
+    root = tmp_path_factory.mktemp("mirror") / "runs"
+    with registry.create(root, ("m", "d"), EXPERIMENT, seeds=[0, 1], data_fingerprint="ab12") as made:
+        rows = pl.concat([metric_rows(["m", "length only"], shots=(None, 0, 2)), metric_rows(["m"]).with_columns(
+            community=pl.lit("nurses"), metric=pl.lit("worst_community_accuracy"))])  # fmt: skip
+        made.append_metrics(rows)
+        made.write_predictions(predictions(200))
+        made.write_table("attribute_weights", weights(FOUR))
+        made.write_table("training", pl.DataFrame({"seed": [0] * 3, "training": [1] * 3, "epoch": [1, 2, 3],
+                                                   "loss": [0.7, 0.6, 0.5]}))  # fmt: skip
+        made.summarise({"accuracy": 0.75})
+        (made.path / "params").mkdir()
+        (made.path / "params" / "shared").write_text("parameters")
+    registry.tag(made.path, ["paper"])
+    return made
+
+
+def test_an_offline_mirror_holds_every_row_once(run, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for variable in wandb_mirror.VARIABLES:
+        monkeypatch.delenv(variable, raising=False)
+    for _ in range(2):  # a second push takes the place of the first
+        done = CliRunner().invoke(app, ["wandb", "push", run.name, "--root", str(run.path.parent), "--mode", "offline"])
+        assert done.exit_code == 0, done.output
+    assert not list(tmp_path.iterdir()), "nothing in the home directory"
+    folder, steps, settings, summary, kinds = read_back(run)
+    expected = Counter()
+    for row in run.table("metrics").iter_rows(named=True):
+        expected[metric_name(row, "m"), row["shots"], row["value"], row["ci_low"], row["users"]] += 1
+    names = {name for name, *_ in expected}
+    found = Counter(
+        (name, step.get("shots"), step[name], step[f"{name}/ci_low"], step[f"{name}/users"])
+        for step in steps
+        for name in names & step.keys()
+    )
+    assert found == expected
+    assert set(expected.values()) == {1}
+    assert [(step["epoch"], step["training/seed-0/01"]) for step in steps if "epoch" in step] == [
+        (1, 0.7), (2, 0.6), (3, 0.5)
+    ]  # fmt: skip
+    assert [step["_step"] for step in steps] == list(range(1, len(steps) + 1))
+    assert summary["accuracy"] == 0.75
+    assert summary["status"] == "done"
+    assert kinds["artifact"] + kinds["request"] >= 1, "the parameters"
+
+    assert settings["experiment"]["prototypes"] == 4
+    assert settings["data_fingerprint"] == "ab12"
+    assert settings["its group"] == group(run.read())
+    for name in ("metrics", "attribute"):
+        [path] = [path for path in folder.rglob("*.table.json") if path.name.startswith(name)]
+        table = run.table("metrics" if name == "metrics" else "attribute_weights")
+        assert len(json.loads(path.read_text())["data"]) == len(table)
+    everything = b"".join(path.read_bytes() for path in folder.rglob("*") if path.is_file())
+    assert b"S3CRET" not in everything
+    assert b'"u1"' not in everything, "no user ids"
+    assert b"example_id" not in everything
+
+
+def test_a_replay_goes_on_after_what_the_server_has(run, monkeypatch):
+    """With a fake server: steps before the one that a resumed run stands at are not sent again."""
+    import wandb
+
+    logged, asked, server = [], {}, {}
+
+    def init(**options):
+        asked.update(options)
+        nothing = lambda *_, **__: None  # noqa: E731
+        return SimpleNamespace(
+            step=server["step"], dir="x/files", url="https://page", summary={}, define_metric=nothing, finish=nothing,
+            log_artifact=nothing, log=lambda values, step: logged.append((step, values)),
+        )  # fmt: skip
+
+    monkeypatch.setattr(wandb, "init", init)
+    whole = len(list(history(run, "m"))) + 1
+    for start, expected in ((0, whole), (4, whole - 3), (whole, 1), (whole + 1, 0)):
+        logged.clear()
+        server["step"] = start
+        assert wandb_mirror.mirror(run, "online") == "https://page"
+        assert [step for step, _ in logged] == list(range(whole + 1 - expected, whole + 1))
+    assert (asked["id"], asked["resume"], asked["tags"]) == (run.name, "allow", ["paper"])
+
+
+def test_parameters_that_hold_users_stay_unless_asked_for(run, monkeypatch):
+    sent = []
+    monkeypatch.setattr(type(run), "read", lambda self: {"model": "m"})
+    fake = SimpleNamespace(log_artifact=sent.append)
+    (run.path / "support-0.safetensors").write_text("")
+    wandb_mirror._send_parameters(fake, run, {}, with_users=False)
+    assert not sent
+    wandb_mirror._send_parameters(fake, run, {}, with_users=True)
+    (run.path / "support-0.safetensors").unlink()
+    wandb_mirror._send_parameters(fake, run, {}, with_users=False)
+    assert [list(artefact.manifest.entries) for artefact in sent] == [["params/shared"]] * 2
+
+
+def test_runs_that_differ_in_seeds_share_a_group_and_secrets_stay():
+    content = {"model": "m", "data": "d", "experiment": EXPERIMENT, "argv": ["--x"], "process": {"host": "h"}}
+    other_seeds = content | {"experiment": EXPERIMENT | {"seeds": [7]}}
+    other_model = content | {"experiment": EXPERIMENT | {"prototypes": 8}}
+    assert group(content) == group(other_seeds) != group(other_model)
+    assert config(content)["experiment"]["api_key"] == "[redacted]"
+    assert not {"argv", "process", "host"} & config(content).keys()
+
+
+def test_calibration_adds_up_to_the_predictions():
+    rows = predictions(300)
+    found = calibration_rows(pl.concat([rows, rows.with_columns(model=pl.lit("other"))]), "m")
+    assert found["rows"].sum() == 300
+    won = (rows["target"].to_numpy() == (rows["log_odds"].to_numpy() > 0)).mean()
+    assert (found["won"] * found["rows"]).sum() / 300 == pytest.approx(won)
+    assert found["sure"].is_between(0.5, 1).all()
+
+
+def test_a_running_run_and_a_wrong_mode_are_refused(tmp_path, run):
+    with pytest.raises(registry.RegistryError, match="when it has ended"):
+        wandb_mirror.mirror(registry.create(tmp_path, "m", {}))
+    with pytest.raises(registry.RegistryError, match="online or offline"):
+        wandb_mirror.mirror(run, "on")
+
+
+def test_the_mode_is_asked_for_or_offline_and_online_needs_a_login(tmp_path, monkeypatch, capsys):
+    monkeypatch.delenv("PLURALPREFS_WANDB")
+    assert chosen(None) == "offline"
+    monkeypatch.setenv("PLURALPREFS_WANDB", "off")
+    assert (chosen(None), chosen("online")) == ("off", "online")
+    with pytest.raises(ValueError, match="--wandb 'on': one of online, offline, off"):
+        chosen("on")
+    for variable in ("WANDB_API_KEY", "WANDB_BASE_URL"):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    assert not wandb_mirror.logged_in()
+    (tmp_path / "netrc").write_text("machine api.wandb.ai login user password x\n")
+    (tmp_path / "netrc").chmod(0o600)
+    assert wandb_mirror.logged_in()
