@@ -1,4 +1,4 @@
-"""The command line: `pluralprefs train | fit | evaluate | adapt | score | runs | data check | attributes ...`.
+"""The command line: `pluralprefs train | sweep | fit | evaluate | adapt | score | runs | data check | ...`.
 
 Heavy imports wait until a command needs them. What a user got wrong is one line on standard error and exit code 2.
 """
@@ -73,6 +73,41 @@ def train(
         experiments = [replace(experiment, seeds=_seeds(seeds)) for experiment in experiments]
     for experiment in experiments:
         _finish(launch.run(experiment, root=root or Path("runs"), tell=say), mode)
+
+
+@app.command(epilog="Example: pluralprefs sweep experiments/ukp_ideal_point.py --over model.prototypes=1,2,4,8")
+@plainly
+def sweep(
+    source: Annotated[Path, typer.Argument(help="An experiment file that defines `experiment`, or a run folder.")],
+    over: Annotated[list[str], typer.Option(help="Setting and values: model.prototypes=1,2,4; again for a grid.")],
+    assignments: Set = None,
+    seeds: Seeds = None,
+    only: Annotated[str | None, typer.Option(help="Name of the experiment, where the file has several.")] = None,
+    root: Root = Path("runs"),
+    wandb: Mirror = None,
+    debug: Annotated[bool, typer.Option(help="Show tracebacks.")] = False,
+) -> None:
+    """Run every combination of settings, a run each. The same command again goes on where it was stopped."""
+    from dataclasses import replace
+
+    from pluralprefs import sweep as sweeping
+    from pluralprefs.describe import override
+
+    mode, experiments = chosen(wandb), _experiments(source, only)
+    if len(experiments) > 1:
+        raise ValueError(f"{source}: has several experiments; choose one with --only")
+    [experiment] = experiments
+    for assignment in assignments or ():
+        experiment = override(experiment, assignment)
+    if seeds is not None:
+        experiment = replace(experiment, seeds=_seeds(seeds))
+    done, failed = sweeping.sweep(experiment, over, root=root, tell=say)
+    for folder in done.values():
+        after(folder, mode)
+    say(sweeping.sweep_table(done))
+    say("\n".join(f"{folder.path}  {label}" for label, folder in done.items()))
+    if failed:
+        raise ValueError(f"{len(failed)} of {len(done) + len(failed)} runs failed: {'; '.join(failed)}")
 
 
 @app.command(epilog="Example: pluralprefs fit my.jsonl --model low_rank --encoder minilm --user-column annotator")
