@@ -278,6 +278,23 @@ def _user_profiles(run: Path, user: str | None, users: Path | None, community: s
     return loaded.profile(known[:1])
 
 
+@app.command(epilog="Example: pluralprefs report 7f3a 99b0 --html report.html")
+@plainly
+def report(
+    runs: Annotated[list[str], typer.Argument(help="Run folders, their names, or parts that no other name has.")],
+    html: Annotated[Path, typer.Option(help="Where the page goes: one file, which loads nothing.")],
+    title: Annotated[str, typer.Option(help="Heading of the page.")] = "Runs",
+    root: Root = Path("runs"),
+    debug: Annotated[bool, typer.Option(help="Show tracebacks.")] = False,
+) -> None:
+    """Write one page about runs: tables that sort, and pictures."""
+    from pluralprefs.registry import find_run
+    from pluralprefs.report import write_report
+
+    write_report([find_run(run, root) for run in runs], html, title)
+    say(f"{html}: written")
+
+
 @data_app.command(epilog="Example: pluralprefs data check my.jsonl")
 @plainly
 def check(

@@ -27,7 +27,7 @@ FLOORS = [
     "experiment",
     "run plots",
     "launch",
-    "export serve sweep attributes_cli registry_cli wandb_cli",
+    "export serve sweep report attributes_cli registry_cli wandb_cli",
     "cli",
     "__init__",
 ]

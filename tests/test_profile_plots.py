@@ -264,3 +264,19 @@ def test_profiles_that_cannot_be_drawn_are_explained():
         with pytest.raises(ValueError, match=message):
             call()
     plots.heat_map(over_seeds(twice))
+
+
+def test_names_from_the_data_are_text_whatever_they_hold():
+    strange = {"": (0, 0, 0, 0), "$x$ & <b>": (1, -1, 1, 0), "_hidden": (-1, 1, 0, 1), "long " * 30: (1, 1, 1, 1)}
+    rows = weights(strange).with_columns(attribute=pl.col("attribute").replace("wit", r"$\frac{$ {"))
+    axes_ = [plots.heat_map(rows), plots.profile_dots(rows), plots.radar(rows)]
+    for ax in axes_:
+        ax.figure.canvas.draw()
+    names = [text.get_text() for text in axes_[1].get_legend().get_texts()]
+    assert names[0] == r"\$x\$ & <b> (n = 101)"
+    assert names[1] == " _hidden (n = 102)"
+    assert len(names[2]) < 55
+    frontier = worst_rows().with_columns(model=pl.lit("$") + pl.col("model"))
+    plots.worst_group_frontier(frontier, "unseen/testpair", "worst_community_accuracy").figure.canvas.draw()
+    plots.cells(metric_rows(["$a$_", "_b"])).figure.canvas.draw()
+    plots.shot_curve(metric_rows(["$a_$", "_b"], shots=(0, 2))).figure.canvas.draw()

@@ -20,6 +20,7 @@ from pluralprefs.plots.style import (
     axis_factor,
     chosen,
     label_ends,
+    named,
     one_row_each,
     shot_axis,
     shot_position,
@@ -63,7 +64,7 @@ def shot_curve(
         labels.append((bayes * factor, "Bayes bound", INK))
     shot_axis(ax, shown, end + 0.15 + 0.12 * len(flat))
     ax.set_ylabel(LABELS.get(metric, metric))
-    ax.set_title(f"{cells[0]}: {sizes(shown)}; 95 % intervals over users", loc="left", fontsize=9, color=INK)
+    ax.set_title(f"{named(cells[0])}: {sizes(shown)}; 95 % intervals over users", loc="left", fontsize=9, color=INK)
     label_ends(ax, labels)
     return ax
 
@@ -93,9 +94,9 @@ def cells(
         heights = np.array([order.index(model) + offset for model in part["model"]])
         value, low, high = value_and_interval(part, factor)
         ax.hlines(heights, low, high, color=COLOURS[position], linewidth=1.6)
-        label = f"{name} ({sizes(part)})"
+        label = f"{named(name)} ({sizes(part)})"
         ax.plot(value, heights, MARKERS[position], color=COLOURS[position], markersize=5, label=label)
-    ax.set_yticks(range(len(order)), order)
+    ax.set_yticks(range(len(order)), [named(name) for name in order])
     ax.set_ylim(-0.6, len(order) - 0.4)
     for height in np.arange(len(order) - 1) + 0.5:
         ax.axhline(height, color=BACK, linewidth=0.8, zorder=0)

@@ -9,7 +9,7 @@ import polars as pl
 
 from pluralprefs.intervals import bootstrap, number_clusters, percentile_interval, ratio
 from pluralprefs.metrics import BINS, calibration_bin, check_predictions, sigmoid
-from pluralprefs.plots.style import BACK, COLOURS, DASHES, FAINT, INK, MARKERS, axes
+from pluralprefs.plots.style import BACK, COLOURS, DASHES, FAINT, INK, MARKERS, axes, named
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -63,5 +63,5 @@ def _draw_calibration(ax: Axes, part: pl.DataFrame, model: str, position: int, d
     colour = COLOURS[position % len(COLOURS)]
     ax.vlines(x, low, high, color=colour, linewidth=1, alpha=0.7)
     marker, dashes = MARKERS[position % len(MARKERS)], DASHES[position % len(DASHES)]
-    ax.plot(x, y, marker, color=colour, linewidth=1.2, linestyle=dashes, markersize=4, label=model)
+    ax.plot(x, y, marker, color=colour, linewidth=1.2, linestyle=dashes, markersize=4, label=named(model))
     ax.scatter(x, y, s=200 * mass.sum(0) / weight.sum(), color=colour, marker=marker, zorder=3)

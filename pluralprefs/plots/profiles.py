@@ -13,7 +13,7 @@ import numpy as np
 import polars as pl
 from jaxtyping import Bool, Float
 
-from pluralprefs.plots.style import BACK, COLOURS, FAINT, INK, MARKERS, axes
+from pluralprefs.plots.style import BACK, COLOURS, FAINT, INK, MARKERS, axes, named
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -57,8 +57,12 @@ def heat_map(rows: pl.DataFrame, kind: str = "preference", ax: Axes | None = Non
     sure = (grid.low > 0) | (grid.high < 0)
     limit = float(np.max(np.abs(grid.mean[sure]), initial=0.0)) or float(np.nanmax(np.abs(grid.mean))) or 1.0
     image = ax.imshow(np.where(sure, grid.mean, np.nan), cmap=_colours(), vmin=-limit, vmax=limit, aspect="auto")
-    ax.set_xticks(range(wide), grid.attributes, rotation=40, ha="right", rotation_mode="anchor")
-    ax.set_yticks(range(count), [f"{name} (n = {n:,})" for name, n in zip(grid.communities, grid.n, strict=True)])
+    ax.set_xticks(
+        range(wide), [named(name) for name in grid.attributes], rotation=40, ha="right", rotation_mode="anchor"
+    )
+    ax.set_yticks(
+        range(count), [f"{named(name)} (n = {n:,})" for name, n in zip(grid.communities, grid.n, strict=True)]
+    )
     ax.tick_params(length=0)
     ax.spines[:].set_visible(False)
     ax.set_xticks(np.arange(wide - 1) + 0.5, minor=True)
@@ -104,7 +108,7 @@ def profile_dots(
         colour = INK if name == POPULATION else COLOURS[place]
         heights = np.arange(count) + offsets[place]
         ax.hlines(heights, grid.low[place], grid.high[place], color=colour, linewidth=1.5)
-        label = f"{name} (n = {grid.n[place]:,})"
+        label = f"{named(name)} (n = {grid.n[place]:,})"
         ax.plot(grid.mean[place], heights, MARKERS[place], color=colour, markersize=4.5, label=label)
     attribute_axis(ax, grid.attributes)
     ax.set_xlabel(f"{_unit(kind)} (95 % intervals)")
@@ -142,9 +146,9 @@ def radar(
     for place, name in enumerate(names):
         mean, low, high = (part[place][closed] for part in (grid.mean, grid.low, grid.high))
         ax.fill_between(angle, low, high, color=COLOURS[place], alpha=0.14, linewidth=0)
-        label = f"{name} (n = {grid.n[place]:,})"
+        label = f"{named(name)} (n = {grid.n[place]:,})"
         ax.plot(angle, mean, marker=MARKERS[place], color=COLOURS[place], linewidth=1.5, markersize=4, label=label)
-    ax.set_xticks(angle[:-1], grid.attributes)
+    ax.set_xticks(angle[:-1], [named(name) for name in grid.attributes])
     ax.tick_params(labelsize=8, colors=INK)
     ax.spines["polar"].set_visible(False)
     ax.grid(color=BACK, linewidth=0.8)
@@ -224,7 +228,7 @@ def pick(grid: Grid, communities: Sequence[str], attributes: Sequence[str] | Non
 
 def attribute_axis(ax: Axes, attributes: Sequence[str]) -> None:
     """Name attributes down the y axis, the first on top, with lines between them."""
-    ax.set_yticks(range(len(attributes)), attributes)
+    ax.set_yticks(range(len(attributes)), [named(name) for name in attributes])
     ax.set_ylim(len(attributes) - 0.45, -0.55)
     for height in np.arange(len(attributes) - 1) + 0.5:
         ax.axhline(float(height), color=BACK, linewidth=0.8, zorder=0)

@@ -33,6 +33,17 @@ LABELS = {
 }
 
 
+def named(name: str, longest: int = 40) -> str:
+    """Return a name from the data as matplotlib must be given it: no formula, no line break, never hidden, not endless.
+
+    >>> named("_wit at $5"), named("x" * 50, 3)
+    (' _wit at \\\\$5', 'xx…')
+    """
+    text = " ".join(name.split())
+    text = text if len(text) <= longest else text[: longest - 1] + "…"
+    return (" " if text.startswith("_") else "") + text.replace("$", r"\$")
+
+
 def axes(ax: Axes | None, size: tuple[float, float]) -> Axes:
     """Return `ax`, or the Axes of a new figure of this size in inches, with the frame and colours of all pictures."""
     if ax is None:
@@ -110,7 +121,7 @@ def label_ends(ax: Axes, labels: list[tuple[float, str, str]], apart: float = 0.
                 heights[index + 1] += short / 2
     for (value, name, colour), height in zip(wanted, heights, strict=True):
         ax.annotate(
-            name,
+            named(name),
             xy=(1.0, (value - low) / (high - low)),
             xytext=(1.035, height),
             xycoords="axes fraction",

@@ -14,7 +14,18 @@ import polars as pl
 from jaxtyping import Float
 
 from pluralprefs.plots.profiles import KINDS, attribute_axis
-from pluralprefs.plots.style import COLOURS, DASHES, FAINT, INK, MARKERS, axes, label_ends, shot_axis, shot_position
+from pluralprefs.plots.style import (
+    COLOURS,
+    DASHES,
+    FAINT,
+    INK,
+    MARKERS,
+    axes,
+    label_ends,
+    named,
+    shot_axis,
+    shot_position,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -53,6 +64,7 @@ def user_profile(rows: pl.DataFrame, user: str, kind: str = "preference", ax: Ax
         heights = np.arange(len(order)) + offset
         ax.hlines(heights, low, high, color=colour, linewidth=1.6)
         count = sorted_["n"].max()
+        name = named(name)
         label = (
             name if count is None else f"{name} ({count:,} {'comparisons' if kind == 'preference' else 'responses'})"
         )
@@ -120,7 +132,7 @@ def user_map(rows: pl.DataFrame, kind: str = "preference", ax: Axes | None = Non
         marker = MARKERS[(number + number // len(COLOURS)) % len(MARKERS)]
         ax.scatter(*own.T, s=16, color=colour, marker=marker, alpha=0.55, linewidth=0)
         mean, half = own.mean(0), NORMAL * own.std(0, ddof=min(1, len(own) - 1)) / np.sqrt(len(own))
-        label = f"{name or 'no community'} ({len(own):,} user{'s' if len(own) > 1 else ''})"
+        label = f"{named(name or 'no community')} ({len(own):,} user{'s' if len(own) > 1 else ''})"
         ax.errorbar(
             *mean[:, None], xerr=half[:1], yerr=half[1:], color=colour, marker=marker, markersize=9, linestyle="",
             markeredgecolor="white", elinewidth=1.6, zorder=4, label=label,

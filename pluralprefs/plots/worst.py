@@ -18,6 +18,7 @@ from pluralprefs.plots.style import (
     MARKERS,
     axes,
     axis_factor,
+    named,
     one_row_each,
     sizes,
     value_and_interval,
@@ -58,7 +59,7 @@ def worst_group_frontier(
         x, y = (value_and_interval(part.filter(pl.col("model") == name), factor)[:, 0] for part in (everyone, worst))
         points[place] = x[0], y[0]
         colour, marker = COLOURS[place % len(COLOURS)], MARKERS[(place + place // len(COLOURS)) % len(MARKERS)]
-        label = f"{name} ({sizes(everyone.filter(pl.col('model') == name))})"
+        label = f"{named(name)} ({sizes(everyone.filter(pl.col('model') == name))})"
         ax.errorbar(
             x[:1], y[:1], xerr=np.abs(x[1:, None] - x[0]), yerr=np.abs(y[1:, None] - y[0]), color=colour, marker=marker,
             markersize=6, linestyle="", elinewidth=1.2, label=label,
@@ -68,7 +69,7 @@ def worst_group_frontier(
     ax.step(best[:, 0], best[:, 1], where="pre", color=FAINT, linewidth=1.1, linestyle=(0, (4, 2)), zorder=1)
     ax.set_xlabel(f"{LABELS['accuracy']} (95 % intervals over users)")
     ax.set_ylabel(LABELS[group])
-    ax.set_title(f"{cell}; dashed: no other model is better in both", loc="left", fontsize=9, color=INK)
+    ax.set_title(f"{named(cell)}; dashed: no other model is better in both", loc="left", fontsize=9, color=INK)
     ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), frameon=False, fontsize=8)
     return ax
 
