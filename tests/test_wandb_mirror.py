@@ -16,7 +16,7 @@ from pluralprefs import registry
 from pluralprefs.cli import app
 from pluralprefs.registry import wandb_mirror
 from pluralprefs.registry.wandb_mirror import calibration_rows, config, group, history, metric_name
-from pluralprefs.wandb_cli import chosen
+from pluralprefs.wandb_cli import after, chosen
 
 BLOCK, HEADER = 32768, 7  # of LevelDB's log format, in which wandb writes
 EXPERIMENT = {"call": "pluralprefs.experiment:Experiment", "prototypes": 4, "api_key": "S3CRET", "seeds": [0, 1]}
@@ -195,3 +195,14 @@ def test_the_mode_is_asked_for_or_offline_and_online_needs_a_login(tmp_path, mon
     (tmp_path / "netrc").write_text("machine api.wandb.ai login user password x\n")
     (tmp_path / "netrc").chmod(0o600)
     assert wandb_mirror.logged_in()
+
+
+def test_a_mirror_that_fails_is_a_warning_and_off_does_nothing(run, monkeypatch, capsys):
+    def fail(*_, **__):
+        raise RuntimeError("no\nserver")
+
+    monkeypatch.setattr(wandb_mirror, "mirror", fail)
+    after(run, "off")
+    assert not capsys.readouterr().err
+    after(run, "offline")
+    assert f"not mirrored (no server); the run is whole, `pluralprefs wandb push {run.name}`" in capsys.readouterr().err

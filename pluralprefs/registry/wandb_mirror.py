@@ -68,6 +68,7 @@ def mirror(
     with _directories(folder.path.parent, mode):
         import wandb
 
+        alone = wandb.run is None
         settings = wandb.Settings(
             silent=True, console="off", save_code=False, disable_git=True, disable_job_creation=True,
             x_disable_meta=True, x_disable_stats=True, x_disable_machine_info=True, x_save_requirements=False,
@@ -83,6 +84,8 @@ def mirror(
             where = run.url if mode == "online" else Path(run.dir).parent
         finally:
             run.finish(exit_code=0 if status == "done" else 1)
+            if mode == "offline" and alone:
+                wandb.teardown()  # finish() returns before its file is written; the caller's own runs go on
     return where or folder.name
 
 
@@ -193,7 +196,8 @@ def _send_parameters(run: Any, folder: RunFolder, content: Mapping[str, Any], wi
     if not (folder.path / "params").is_dir() or (holds_users(folder) and not with_users):
         return
     artefact = wandb.Artifact(f"params-{folder.name}", type="model", metadata={"model": content.get("model")})
-    artefact.add_dir(str(folder.path / "params"), name="params")
+    for file in sorted(path for path in (folder.path / "params").rglob("*") if path.is_file()):
+        artefact.add_file(str(file), name=file.relative_to(folder.path).as_posix())
     run.log_artifact(artefact)
 
 
