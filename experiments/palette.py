@@ -1,6 +1,6 @@
 """Question: does a profile name what a community truly weighs, from its texts and comparisons alone?
 
-Command: make palette                    (or: python experiments/palette.py [--intervals] [--folder F] [--root R])
+Command: make palette                    (or: python experiments/palette.py [--intervals] [--seeds 0] [--world 1])
 
 From nothing, offline: answers -> rewrites at five levels of 19 attributes (lexicon teacher) -> verified pairs -> one
 head an attribute on MiniLM -> the attribute model on 20 communities with random weights over all attributes, whose
@@ -39,7 +39,8 @@ from pluralprefs.profiles import community_slopes, over_seeds
 from pluralprefs.run import Run
 from pluralprefs.users import Pooled
 
-COMMUNITIES, MEMBERS, EACH, SEED = 20, 50, 40, 0  # communities, users of each, comparisons of a user
+COMMUNITIES, MEMBERS, EACH = 20, 50, 40  # communities, users of each, comparisons of a user
+WORLD, SEEDS = 0, (0, 1, 2)  # seeds of the world, and of the fits
 PHRASES = "all"  # of the lexicon, of which no head has met three in eight; "heldout": those alone
 TIMES, PASSES = 100, 10  # of the pseudo-truth: its comparisons, and passes over them
 console = Console(width=140, soft_wrap=True)
@@ -55,28 +56,28 @@ def predictors(folder: Path) -> None:
     attributes_cli.train(folder=folder, neutral=True)
 
 
-def experiment(folder: Path, **parts: object) -> Experiment:
+def experiment(folder: Path, seeds: tuple[int, ...] = SEEDS, world: int = WORLD, **parts: object) -> Experiment:
     """The attribute model on the communities; users deviate too little to be a level of their own."""
     whole = {
         **FAMILIES["attribute_attention"], "attributes": partial(predicted, str(folder)),
         "users": Pooled(levels=("community",), gain=False, cross_fit=None), **parts,
     }  # fmt: skip
     data = partial(
-        palette, communities=COMMUNITIES, users_per_community=MEMBERS, comparisons_per_user=EACH, seed=SEED,
+        palette, communities=COMMUNITIES, users_per_community=MEMBERS, comparisons_per_user=EACH, seed=world,
         phrases=PHRASES,
     )  # fmt: skip
     return Experiment(
         data=data, encoder=partial(encoders.load, "minilm"), name="attribute_attention", data_name="palette",
-        controls=False, shots=(0,), draws=1, split={"unseen_users": 0.0}, **whole,
+        controls=False, shots=(0,), draws=1, split={"unseen_users": 0.0}, seeds=seeds, **whole,
     )  # fmt: skip
 
 
-def pseudo_truth(asked: Experiment, prepared: Prepared, world: World, seed: int) -> np.ndarray:
-    """Profiles of the same model on `TIMES` the comparisons of the same communities: [communities, attributes].
+def pseudo_truth(asked: Experiment, prepared: Prepared, world: World) -> np.ndarray:
+    """Mean profiles of the same model on `TIMES` the comparisons of the same communities: [communities, attributes].
 
     Every comparison is another member's. Those of one pair by one community are drawn at once, as a share of wins.
     """
-    draw = np.random.default_rng([2026, seed])
+    draw = np.random.default_rng(2026)
     place = {name: row for row, name in enumerate(world.item_ids)}
     levels = world.items[[place[name] for name in prepared.items["item_id"]]]
     prompt = prepared.items["prompt_id"].to_numpy()
@@ -98,9 +99,9 @@ def pseudo_truth(asked: Experiment, prepared: Prepared, world: World, seed: int)
         offset=np.zeros(len(n), np.float32), weight=n.astype(np.float32),
     )  # fmt: skip
     table = pl.DataFrame({"cell": np.full(len(n), "train")})
-    whole = fit_seed(replace(asked, epochs=PASSES), replace(prepared, table=table, rows=rows), seed)
-    found = community_slopes(whole, prepared.features, count)
-    return np.stack([mean for mean, _ in found[1:]])
+    asked, whole = replace(asked, epochs=PASSES), replace(prepared, table=table, rows=rows)
+    each = [community_slopes(fit_seed(asked, whole, seed), prepared.features, count)[1:] for seed in asked.seeds]
+    return np.mean([[mean for mean, _ in found] for found in each], axis=0)
 
 
 def grid(weights: pl.DataFrame, communities: tuple[str, ...], names: tuple[str, ...], column: str) -> np.ndarray:
@@ -146,18 +147,19 @@ def report(found: Run, world: World, names: tuple[str, ...], truth: np.ndarray, 
     )  # fmt: skip
 
 
-def main(folder: Path, root: Path, *, judge_intervals: bool) -> None:
-    """Run the whole path and compare with the truth."""
+def main(folder: Path, root: Path, seeds: tuple[int, ...], seed: int, *, judge_intervals: bool) -> None:
+    """Run the whole path and compare with the truth of the world drawn by `seed`."""
     begin = time.time()
     predictors(folder)
-    asked, world = experiment(folder), palette_world(COMMUNITIES, MEMBERS, EACH, SEED, phrases=PHRASES)
+    asked = experiment(folder, seeds, seed)
+    world = palette_world(COMMUNITIES, MEMBERS, EACH, seed, phrases=PHRASES)
     fitted = run(asked, root=root)
     names = fitted.attributes.names
     order = [attributes().index(name) for name in names]
     truth = world.truth["community"][:, order]
     pseudo = None
     if judge_intervals:
-        pseudo = pseudo_truth(asked, prepare(asked, progress=False), world, seed=0)
+        pseudo = pseudo_truth(asked, prepare(asked, progress=False), world)
     report(fitted, world, names, truth, pseudo)
     console.print(f"\n{time.time() - begin:.0f} s. Next: pluralprefs profile {fitted.folder.path}", markup=False)
 
@@ -166,6 +168,9 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, default=Path("palette"), help="of the predictors and their tables")
     parser.add_argument("--root", type=Path, default=Path("runs"), help="of run folders")
+    parser.add_argument("--seeds", default=",".join(map(str, SEEDS)), help="of the fits, comma-separated")
+    parser.add_argument("--world", type=int, default=WORLD, help="seed of the communities and their texts")
     parser.add_argument("--intervals", action="store_true", help="judge intervals by the pseudo-truth too (minutes)")
-    asked = parser.parse_args()
-    main(asked.folder, asked.root, judge_intervals=asked.intervals)
+    given = parser.parse_args()
+    seeds = tuple(int(seed) for seed in given.seeds.split(","))
+    main(given.folder, given.root, seeds, given.world, judge_intervals=given.intervals)

@@ -41,6 +41,7 @@ from pluralprefs.users import Deviation, Users, deviating_log_odds, gather, neut
 NORMAL = 1.959964
 FEW = 6  # attributes whose every subset is tried
 RCOND = 1e-4  # scores are float32: what they do not tell apart is not divided by
+BORROWED = 4  # communities' worth of the mean over attributes in the variance of one
 SLOPE_ROWS = 4096  # comparisons that a slope is taken over, at most
 SCHEMA = {
     "community": pl.String, "user": pl.String, "attribute": pl.String, "kind": pl.String, "mean": pl.Float64,
@@ -213,7 +214,7 @@ def _community_slopes(fitted: Fitted, items: Item, sample: Sample, asked: Collec
         mean, spread = slopes(fitted.model, alone, sample, posterior)
         _, of_users = slopes(fitted.model, fitted.users, sample, anyone, number)
         share = _shares(fitted.rows, number)
-        found[number] = mean, spread + shared.get("community", 0.0) + of_users * (share**2).sum()
+        found[number] = mean, spread + np.asarray(shared.get("community", 0.0)) + of_users * (share**2).sum()
     return found
 
 
@@ -244,15 +245,17 @@ def community_posteriors(fitted: Fitted, items: Item, numbers: Sequence[int]) ->
     return alone, {number: found.get(number, prior) for number in numbers}
 
 
-def preference_variance(halves: Sequence[Fitted], items: Item, count: int) -> dict[str, float]:
-    """Variance of slopes that comes from the shared parameters, of the population and of communities.
+def preference_variance(halves: Sequence[Fitted], items: Item, count: int) -> dict[str, Any]:
+    """Variance of slopes that comes from the shared parameters: of the population, and of communities by attribute.
 
     `halves` are fits whose shared parameters are those of half of the users each: their difference has four times the
-    variance of a fit to all (see `pooling.shared_variance`).
+    variance of a fit to all (see `pooling.shared_variance`). An attribute's is the mean over `count` communities and
+    `BORROWED` that stand at the mean of all attributes: shared parameters know some attributes less well than others.
     """
     one, other = (np.stack([mean for mean, _ in community_slopes(half, items, count)]) for half in halves)
     square = (one - other) ** 2 / 4
-    return {"population": float(square[0].mean()), "community": float(square[1:].mean()) if count else 0.0}
+    found = (square[1:].sum(0) + BORROWED * square[1:].mean()) / (count + BORROWED) if count else 0.0 * square[0]
+    return {"population": float(square[0].mean()), "community": found.tolist()}
 
 
 def _preferences(fitted: Fitted, items: Item, names: Sequence[str]) -> Iterator[tuple[int, dict[str, Any]]]:

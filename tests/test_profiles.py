@@ -130,6 +130,12 @@ def test_an_interval_holds_what_members_and_shared_parameters_leave_open():
         "preference": fitted.users.population["preference"] + jnp.asarray([0.2, 0.2, 0.2])}), fitted.rows)  # fmt: skip
     shared = preference_variance([fitted, other], x, 2)
     assert shared["population"] == pytest.approx((1.5 * 0.2) ** 2 / 4, rel=1e-3)
+    np.testing.assert_allclose(shared["community"], shared["population"], rtol=1e-3)
+    first = fitted.users.population["preference"] + jnp.asarray([0.2, 0.0, 0.0])
+    other.users = fitted.users.replace(population=fitted.users.population | {"preference": first})
+    own = preference_variance([fitted, other], x, 2)["community"]
+    mean = shared["population"] / 3
+    np.testing.assert_allclose(own, [(2 * 3 * mean + 4 * mean) / 6, 4 * mean / 6, 4 * mean / 6], rtol=1e-2)
     fitted.notes["preference_variance"] = shared
     again = attribute_weights(fitted, x, fitted.rows, ("cats", "dogs"), NAMES)
     np.testing.assert_allclose(half_width(again, ""), 1.959964 * 0.15, rtol=1e-3)
