@@ -25,17 +25,12 @@ import numpy as np
 from flax import nnx, struct
 from jaxtyping import Array, Bool, Float
 
+from pluralprefs.encoders.layers import ACTIVATIONS, precision
 from pluralprefs.encoders.pooling import Pooling, l2_normalise, pool, read_pooling
 from pluralprefs.encoders.tokens import Renderer
 from pluralprefs.encoders.weights import EncoderError, digest, read_json, read_tensors, weight_files
 from pluralprefs.types import Item, Tokens
 
-ACTIVATIONS = {
-    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
-    "gelu_new": lambda x: jax.nn.gelu(x, approximate=True),
-    "gelu_pytorch_tanh": lambda x: jax.nn.gelu(x, approximate=True),
-    "relu": jax.nn.relu,
-}
 # A parameter's path here -> its name in a checkpoint; {} is the layer. Kernels are stored transposed there.
 BERT_NAMES = {
     "words": "embeddings.word_embeddings",
@@ -126,11 +121,11 @@ class Layer(nnx.Module):
         """Every token attends to every real token."""
         split = (*x.shape[:2], self.heads, x.shape[2] // self.heads)
         query, key, value = (project(x).reshape(split) for project in (self.query, self.key, self.value))
-        precision = _precision(x.dtype)
-        scores = jnp.einsum("bqhd,bkhd->bhqk", query, key, precision=precision) / np.sqrt(split[-1])
+        exact = precision(x.dtype)
+        scores = jnp.einsum("bqhd,bkhd->bhqk", query, key, precision=exact) / np.sqrt(split[-1])
         scores = jnp.where(mask[:, None, None, :], scores, jnp.finfo(scores.dtype).min)
         weights = jax.nn.softmax(scores, axis=-1)
-        return jnp.einsum("bhqk,bkhd->bqhd", weights, value, precision=precision).reshape(x.shape)
+        return jnp.einsum("bhqk,bkhd->bqhd", weights, value, precision=exact).reshape(x.shape)
 
 
 class Bert(nnx.Module):
@@ -267,13 +262,8 @@ def _read_distilbert(raw: dict[str, Any]) -> BertConfig:
     )
 
 
-def _precision(dtype: Any) -> jax.lax.Precision:
-    """Full float32 products where float32 is asked for: accelerators otherwise round to ten bits or fewer."""
-    return jax.lax.Precision.HIGHEST if dtype == jnp.float32 else jax.lax.Precision.DEFAULT
-
-
 def _linear(dtype: Any, rngs: nnx.Rngs) -> Any:
-    return lambda inputs, outputs: nnx.Linear(inputs, outputs, dtype=dtype, precision=_precision(dtype), rngs=rngs)
+    return lambda inputs, outputs: nnx.Linear(inputs, outputs, dtype=dtype, precision=precision(dtype), rngs=rngs)
 
 
 def _norm(config: BertConfig, dtype: Any, rngs: nnx.Rngs) -> nnx.LayerNorm:

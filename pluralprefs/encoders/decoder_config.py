@@ -1,0 +1,140 @@
+"""The sizes and variants of a decoder, read from a Hugging Face config.json; what is not computed exactly is refused.
+
+One frozen dataclass describes every supported model type, so that `decoder.py` asks about variants and never about
+names of models. Where config.json leaves an entry out, the default is that of the model's class in transformers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from pluralprefs.encoders.layers import ACTIVATIONS
+from pluralprefs.encoders.rope import Rope, read_rope
+from pluralprefs.encoders.weights import EncoderError, read_json
+
+MODEL_TYPES = ("llama",)
+# Entries that would change the computation and that nothing here computes.
+REFUSED = ("quantization_config", "auto_map", "per_layer_config", "use_bidirectional_attention")
+FULL, SLIDING = "full_attention", "sliding_attention"
+
+
+@dataclass(frozen=True)
+class DecoderConfig:
+    """A decoder. `windows` and `ropes` have one entry a layer; a window of None is attention to the whole past."""
+
+    model_type: str
+    vocabulary: int
+    positions: int
+    dim: int
+    hidden: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    layers: int
+    activation: str
+    epsilon: float
+    tied: bool
+    windows: tuple[int | None, ...]
+    ropes: tuple[Rope, ...]
+    qkv_bias: bool = False
+    out_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = False
+
+    @property
+    def scale(self) -> float:
+        """What products of query and key are multiplied with."""
+        return self.head_dim**-0.5
+
+    @classmethod
+    def read(cls, folder: Path) -> DecoderConfig:
+        """Read config.json. Raises EncoderError with one line for whatever is not computed exactly here."""
+        path = folder / "config.json"
+        raw = read_json(path)
+        kind = raw.get("model_type")
+        if kind not in MODEL_TYPES:
+            raise EncoderError(f"{path}: model_type {kind!r} is not one of {', '.join(MODEL_TYPES)}")
+        for name in REFUSED:
+            if raw.get(name):
+                raise EncoderError(f"{path}: {name} is not computed here; use a plain checkpoint of the same model")
+        try:
+            config = _read(path, raw)
+        except KeyError as error:
+            raise EncoderError(f"{path}: lacks {error}; fetch the model again") from error
+        if config.activation not in ACTIVATIONS:
+            raise EncoderError(f"{path}: activation {config.activation!r} is not one of {', '.join(ACTIVATIONS)}")
+        if config.heads % config.kv_heads:
+            raise EncoderError(f"{path}: {config.kv_heads} key-value heads do not divide {config.heads} heads")
+        if config.head_dim % 2:
+            raise EncoderError(f"{path}: heads of {config.head_dim} dimensions have no halves to rotate")
+        return config
+
+
+def _read(path: Path, raw: dict[str, Any]) -> DecoderConfig:
+    """Read the model types whose positions are rotary."""
+    kind, layers, heads = raw["model_type"], raw["num_hidden_layers"], raw["num_attention_heads"]
+    head_dim = raw.get("head_dim") or (128 if kind == "qwen3" else raw["hidden_size"] // heads)
+    bias = kind in ("llama", "qwen3") and _flag(path, raw, "attention_bias")
+    kinds, window = _layer_types(path, raw), _window(raw)
+    if window is None and SLIDING in kinds:
+        raise EncoderError(f"{path}: layer_types name {SLIDING!r}, but there is no sliding_window")
+    return DecoderConfig(
+        model_type=kind,
+        vocabulary=raw["vocab_size"],
+        positions=raw["max_position_embeddings"],
+        dim=raw["hidden_size"],
+        hidden=raw["intermediate_size"],
+        heads=heads,
+        kv_heads=raw.get("num_key_value_heads") or heads,
+        head_dim=head_dim,
+        layers=layers,
+        activation=raw["hidden_act"],
+        epsilon=raw["rms_norm_eps"],
+        tied=_flag(path, raw, "tie_word_embeddings"),
+        windows=tuple(window if each == SLIDING else None for each in kinds),
+        ropes=_ropes(path, raw, kinds, head_dim),
+        qkv_bias=bias or kind == "qwen2",
+        out_bias=bias,
+        mlp_bias=kind == "llama" and _flag(path, raw, "mlp_bias"),
+        qk_norm=kind == "qwen3",
+    )
+
+
+def _ropes(path: Path, raw: dict[str, Any], kinds: tuple[str, ...], head_dim: int) -> tuple[Rope, ...]:
+    """One rope a layer; transformers 5 writes rope_parameters, earlier versions rope_scaling and rope_theta."""
+    given = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
+    rope = read_rope(path, raw, given, theta=raw.get("rope_theta") or 10_000.0, dim=head_dim)
+    return (rope,) * len(kinds)
+
+
+def _window(raw: dict[str, Any]) -> int | None:
+    """How many tokens a sliding layer sees, its own included."""
+    if raw["model_type"] == "llama" or (raw["model_type"].startswith("qwen") and not raw.get("use_sliding_window")):
+        return None
+    return raw["sliding_window"]
+
+
+def _layer_types(path: Path, raw: dict[str, Any]) -> tuple[Literal["full_attention", "sliding_attention"], ...]:
+    """Which layers slide: as listed, else as the model's class does."""
+    kind, layers, given = raw["model_type"], raw["num_hidden_layers"], raw.get("layer_types")
+    if kind in ("llama", "mistral"):
+        if given:
+            raise EncoderError(f"{path}: layer_types is not an entry of model_type {kind!r}")
+        return (FULL if _window(raw) is None else SLIDING,) * layers
+    if given:
+        unknown = sorted(set(given) - {FULL, SLIDING})
+        if unknown or len(given) != layers:
+            wrong = f"names {unknown[0]!r}" if unknown else f"has {len(given)} entries for {layers} layers"
+            raise EncoderError(f"{path}: layer_types {wrong}; it lists {FULL!r} or {SLIDING!r}, one a layer")
+        return tuple(given)
+    first = raw.get("max_window_layers", 28)
+    return tuple(SLIDING if _window(raw) is not None and layer >= first else FULL for layer in range(layers))
+
+
+def _flag(path: Path, raw: dict[str, Any], name: str, default: bool = False) -> bool:
+    value = raw.get(name, default)
+    if not isinstance(value, bool):
+        raise EncoderError(f"{path}: {name} is {value!r}, expected true or false")
+    return value

@@ -1,0 +1,89 @@
+"""A decoder from a Hugging Face folder: the names of its parameters there, and where they are placed on a mesh."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh, PartitionSpec
+
+from pluralprefs.encoders.checkpoint import Tensors, fill, stored_name
+from pluralprefs.encoders.decoder import Decoder
+from pluralprefs.encoders.decoder_config import DecoderConfig
+from pluralprefs.encoders.weights import EncoderError
+from pluralprefs.sharding import Rules
+
+# A parameter's path here -> its name in a checkpoint; {} is the layer.
+LLAMA_NAMES = {
+    "words": "embed_tokens",
+    "norm": "norm",
+    "head": "lm_head",
+    "layers.{}.query": "layers.{}.self_attn.q_proj",
+    "layers.{}.key": "layers.{}.self_attn.k_proj",
+    "layers.{}.value": "layers.{}.self_attn.v_proj",
+    "layers.{}.out": "layers.{}.self_attn.o_proj",
+    "layers.{}.query_norm": "layers.{}.self_attn.q_norm",
+    "layers.{}.key_norm": "layers.{}.self_attn.k_norm",
+    "layers.{}.gate": "layers.{}.mlp.gate_proj",
+    "layers.{}.up": "layers.{}.mlp.up_proj",
+    "layers.{}.down": "layers.{}.mlp.down_proj",
+    "layers.{}.attention_norm": "layers.{}.input_layernorm",
+    "layers.{}.mlp_norm": "layers.{}.post_attention_layernorm",
+}
+# Heads and hidden units are split over `tensor`, the model's dimension over `fsdp`: a product that ends a block is
+# summed over `tensor` once, and weights are gathered from `fsdp` layer by layer.
+DECODER_RULES: Rules = (
+    (r"(^|/)(query|key|value|gate|up)/kernel$", PartitionSpec("fsdp", "tensor")),
+    (r"(^|/)(query|key|value|gate|up)/bias$", PartitionSpec("tensor")),
+    (r"(^|/)(out|down)/kernel$", PartitionSpec("tensor", "fsdp")),
+    (r"(^|/)words/embedding$", PartitionSpec("tensor", "fsdp")),
+    (r"(^|/)head/kernel$", PartitionSpec("fsdp", "tensor")),
+)
+
+
+class Loaded(NamedTuple):
+    """A decoder split into static data and parameters: `nnx.merge(graphdef, params)` is the module."""
+
+    config: DecoderConfig
+    graphdef: Any
+    params: dict[str, Any]
+
+
+def read_decoder(
+    folder: Path,
+    *,
+    head: bool = False,
+    dtype: Any = jnp.float32,
+    mesh: Mesh | None = None,
+    rules: Rules = DECODER_RULES,
+) -> Loaded:
+    """Read config.json and safetensors of a folder, onto `mesh` by `rules` where one is given.
+
+    `head` reads the language model's head too, which reward models lack. Raises EncoderError for a model that is not
+    computed exactly, and for weights that config.json does not announce.
+    """
+    config = DecoderConfig.read(folder)
+    model = nnx.eval_shape(lambda: Decoder(config, head=head, dtype=dtype, rngs=nnx.Rngs(0)))
+    graphdef, state = nnx.split(model)
+    shapes, names = nnx.to_pure_dict(state), LLAMA_NAMES
+    with Tensors(folder, _plain_name) as tensors:
+        _check_all_used(tensors, shapes, names)
+        return Loaded(config, graphdef, fill(tensors, shapes, names, mesh=mesh, rules=rules))
+
+
+def _plain_name(name: str) -> str:
+    """Drop the prefix of a task model's backbone."""
+    return re.sub(r"^model\.", "", name)
+
+
+def _check_all_used(tensors: Tensors, shapes: Any, names: dict[str, str]) -> None:
+    """Weights of the backbone that nothing here reads would be left out of the computation: refuse them."""
+    read = {stored_name(path, names) for path, _ in jax.tree_util.tree_leaves_with_path(shapes)}
+    own = {name for name in tensors.names if re.match(r"layers\.|embed_|norm\.", name)}
+    left = sorted(name for name in own - read if not name.endswith("rotary_emb.inv_freq"))
+    if left:
+        raise EncoderError(f"{tensors.folder}: the weights hold {left[0]}, which config.json does not announce")

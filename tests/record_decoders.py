@@ -1,0 +1,106 @@
+"""Tiny decoders of every supported type, made by transformers with PyTorch, and what it computes. Run by hand:
+
+    python tests/record_decoders.py
+
+It writes one checkpoint a type under tests/fixtures/decoder, every parameter perturbed (a norm's weight left at one
+would hide a missing multiplication) and no rope theta at its default, with the reference hidden states and logits,
+for tests that run without PyTorch.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+FIXTURES = Path(__file__).parent / "fixtures" / "decoder"
+VOCABULARY, LENGTH = 48, 12
+SIZES: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+THETA = {"rope_parameters": {"rope_type": "default", "rope_theta": 77.0}}
+KINDS: dict[str, dict[str, Any]] = {
+    "llama": SIZES | THETA | {"rms_norm_eps": 1e-5, "attention_bias": True, "mlp_bias": True},
+}
+
+
+def tiny_decoder(kind: str, *, seed: int = 7, **changes: Any) -> Any:
+    """A small random language model with every parameter perturbed, in PyTorch."""
+    import torch
+    import transformers
+
+    torch.manual_seed(seed)
+    config = transformers.AutoConfig.for_model(kind, **KINDS[kind] | changes)
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.2 * torch.randn_like(parameter))
+    return model
+
+
+def example_tokens(side: str = "right", length: int = LENGTH) -> dict[str, np.ndarray]:
+    """Token ids of mixed lengths, padded on one side."""
+    rng = np.random.default_rng(11)
+    sizes = np.array([length, 3, 7, 2, 9])
+    columns = np.arange(length)[None]
+    mask = columns < sizes[:, None] if side == "right" else columns >= length - sizes[:, None]
+    ids = np.zeros(mask.shape, np.int32)
+    for row, size in enumerate(sizes):
+        ids[row, mask[row]] = rng.integers(3, VOCABULARY, size)
+    return {"ids": ids, "mask": mask}
+
+
+def reference(model: Any, tokens: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Hidden states behind the last norm and logits, by transformers; 0 at padding.
+
+    Row by row and without padding: scalings that look at the length then look at that of the row.
+    """
+    import torch
+
+    shape = tokens["mask"].shape
+    hidden = np.zeros((*shape, model.lm_head.in_features), np.float32)
+    logits = np.zeros((*shape, model.lm_head.out_features), np.float32)
+    for row, (ids, mask) in enumerate(zip(tokens["ids"], tokens["mask"], strict=True)):
+        with torch.no_grad():
+            found = model.base_model(input_ids=torch.tensor(ids[mask][None]).long())
+            hidden[row, mask] = found.last_hidden_state[0].numpy()
+            logits[row, mask] = model(input_ids=torch.tensor(ids[mask][None]).long()).logits[0].numpy()
+    return {"hidden": hidden, "logits": logits}
+
+
+def padded_reference(model: Any, tokens: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The same from one padded batch, as transformers computes it."""
+    import torch
+
+    mask = torch.tensor(tokens["mask"]).long()
+    position = (mask.cumsum(1) - 1).clamp(min=0)
+    inputs = {"input_ids": torch.tensor(tokens["ids"]).long(), "attention_mask": mask, "position_ids": position}
+    with torch.no_grad():
+        hidden, logits = model.base_model(**inputs).last_hidden_state.numpy(), model(**inputs).logits.numpy()
+    real = tokens["mask"][:, :, None]
+    return {"hidden": np.where(real, hidden, 0), "logits": np.where(real, logits, 0)}
+
+
+def main() -> None:
+    for kind in KINDS:
+        folder = FIXTURES / kind
+        model = tiny_decoder(kind)
+        model.save_pretrained(folder)
+        (folder / "generation_config.json").unlink()
+        tokens = example_tokens()
+        np.savez_compressed(FIXTURES / f"{kind}.npz", **tokens, **reference(model, tokens))
+
+
+if __name__ == "__main__":
+    main()

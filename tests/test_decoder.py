@@ -1,0 +1,251 @@
+"""Decoders against transformers, and what must not change a result: padding, placement, how many files."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from jax.sharding import PartitionSpec
+from record_decoders import FIXTURES, KINDS, example_tokens, padded_reference, reference, tiny_decoder
+from safetensors.numpy import load_file, save_file
+
+from pluralprefs.encoders.checkpoint import Tensors
+from pluralprefs.encoders.decoder_weights import Loaded, read_decoder
+from pluralprefs.encoders.weights import EncoderError
+from pluralprefs.sharding import batch_sharding, make_mesh
+from pluralprefs.types import Tokens
+
+needs_eight = pytest.mark.skipif(jax.device_count() < 8, reason="needs 8 devices; tests/conftest.py asks for them")
+
+needs_torch = [
+    pytest.mark.torch,
+    pytest.mark.filterwarnings("ignore"),
+    pytest.mark.skipif(os.environ.get("TORCH") != "1", reason="needs PyTorch: make test TORCH=1"),
+]
+
+
+def with_torch(test):
+    for mark in needs_torch:
+        test = mark(test)
+    return test
+
+
+def run(graphdef, params, tokens):
+    model = nnx.merge(graphdef, params)
+    hidden = model(tokens)
+    return hidden, model.logits(hidden)
+
+
+# Without jit, variants share operations, each of which is compiled once.
+def states(loaded: Loaded, arrays: dict[str, np.ndarray], run=run) -> dict[str, np.ndarray]:
+    """Hidden states and logits, 0 at padding."""
+    ids, mask = (jnp.asarray(arrays[name]) for name in ("ids", "mask"))
+    segment = jnp.asarray(arrays.get("segment", np.zeros(mask.shape, np.int32)))
+    found = run(loaded.graphdef, loaded.params, Tokens(ids, mask, segment, jnp.zeros(len(ids), jnp.int32)))
+    return {
+        name: np.where(arrays["mask"][:, :, None], value, 0)
+        for name, value in zip(("hidden", "logits"), found, strict=True)
+    }
+
+
+def assert_equal(found: dict[str, np.ndarray], expected: dict[str, np.ndarray], atol: float = 1e-4) -> None:
+    for name in ("hidden", "logits"):
+        assert np.abs(expected[name]).max() > 0.5
+        np.testing.assert_allclose(found[name], expected[name], atol=atol, err_msg=name)
+
+
+def recorded(kind: str) -> dict[str, np.ndarray]:
+    return dict(np.load(FIXTURES / f"{kind}.npz"))
+
+
+# --- the reference
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_states_and_logits_equal_the_recorded_reference(kind):
+    arrays = recorded(kind)
+    assert_equal(states(read_decoder(FIXTURES / kind, head=True), arrays), arrays)
+
+
+def check(kind: str, folder: Path, *, length: int = 12, **changes) -> None:
+    """Save a tiny model and compare, padded on both sides, with transformers row by row."""
+    model = tiny_decoder(kind, **changes)
+    model.save_pretrained(folder)
+    loaded = read_decoder(folder, head=True)
+    for side in ("right", "left"):
+        tokens = example_tokens(side, length)
+        assert_equal(states(loaded, tokens), reference(model, tokens))
+
+
+@with_torch
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_padded_batch_equals_that_of_transformers(kind, tmp_path):
+    model = tiny_decoder(kind, seed=8)
+    model.save_pretrained(tmp_path, max_shard_size="10KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 1
+    loaded = read_decoder(tmp_path, head=True)
+    for side in ("right", "left"):
+        tokens = example_tokens(side)
+        assert_equal(states(loaded, tokens), padded_reference(model, tokens))
+
+
+@with_torch
+@pytest.mark.parametrize(
+    ("kind", "changes"),
+    [
+        ("llama", {}),
+        ("llama", {"tie_word_embeddings": True, "attention_bias": False, "mlp_bias": False, "hidden_act": "gelu"}),
+    ],
+)
+def test_variants_equal_transformers(kind, changes, tmp_path):
+    check(kind, tmp_path, **changes)
+
+
+ROPES = {
+    "linear": {"factor": 4.0},
+    "dynamic": {"factor": 4.0},
+    "yarn": {"factor": 4.0, "original_max_position_embeddings": 8, "beta_fast": 4.0},
+    "llama3": {
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 12,
+    },
+    "longrope": {
+        "short_factor": [1.0, 1.5, 2.0, 2.5],
+        "long_factor": [2.0, 3.0, 5.0, 9.0],
+        "original_max_position_embeddings": 6,
+        "factor": 4.0,
+    },
+}
+
+
+@with_torch
+@pytest.mark.parametrize(
+    ("name", "more"),
+    [
+        *((name, {}) for name in ROPES),
+        ("yarn", {"mscale": 0.8, "mscale_all_dim": 0.5, "truncate": False}),
+        ("yarn", {"attention_factor": 1.3}),
+        ("longrope", {"attention_factor": 0.7}),
+    ],
+)
+def test_every_rope_scaling_equals_transformers(name, more, tmp_path):
+    rope = {"rope_type": name, "rope_theta": 77.0} | ROPES[name] | more
+    # Eight positions: some rows of the example are longer and some shorter, which dynamic and longrope tell apart.
+    check("llama", tmp_path, rope_parameters=rope, max_position_embeddings=8)
+    plain = read_decoder(FIXTURES / "llama", head=True)
+    scaled = read_decoder(tmp_path, head=True)
+    unscaled = states(scaled._replace(graphdef=plain.graphdef), example_tokens())["hidden"]
+    assert np.abs(states(scaled, example_tokens())["hidden"] - unscaled).max() > 1e-2
+
+
+# --- invariance
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_side_and_length_of_padding_and_the_batch_change_nothing(kind):
+    arrays, loaded = recorded(kind), read_decoder(FIXTURES / kind, head=True)
+    real = arrays["mask"]
+    wide = np.zeros((8, 17), bool)
+    wide[2:7, 3:15] = real[::-1]
+    ids = np.full(wide.shape, 5, np.int32)
+    ids[wide] = arrays["ids"][::-1][real[::-1]]
+    moved = states(loaded, {"ids": ids, "mask": wide})
+    for name in ("hidden", "logits"):
+        assert np.isfinite(moved[name]).all()
+        np.testing.assert_allclose(moved[name][2:7, 3:15][::-1], arrays[name], atol=1e-4)
+
+
+# --- placement
+
+
+@needs_eight
+@pytest.mark.parametrize("kind", ["llama"])
+def test_eight_devices_equal_one_and_each_part_is_read_once(kind, monkeypatch):
+    read, plain = [], Tensors.part
+    monkeypatch.setattr(Tensors, "part", lambda self, name, index: read.append(name) or plain(self, name, index))
+    mesh, arrays = make_mesh(data=2, fsdp=2, tensor=2), recorded(kind)
+    loaded = read_decoder(FIXTURES / kind, head=True, mesh=mesh)
+    out = loaded.params["layers"][1]["out"]["kernel"]
+    assert out.sharding.spec == PartitionSpec("tensor", "fsdp")
+    assert {shard.data.shape for shard in out.addressable_shards} == {(out.shape[0] // 2, 8)}
+    parts = [len(leaf.sharding.devices_indices_map(leaf.shape)) for leaf in jax.tree.leaves(loaded.params)]
+    assert set(parts) == {8}
+    distinct = [len({str(index) for index in leaf.sharding.devices_indices_map(leaf.shape).values()})
+                for leaf in jax.tree.leaves(loaded.params)]  # fmt: skip
+    assert len(read) == sum(distinct)
+    rows = np.arange(8) % len(arrays["ids"])
+    batch = {name: jax.device_put(arrays[name][rows], batch_sharding(mesh)) for name in ("ids", "mask")}
+    assert_equal(states(loaded, batch, jax.jit(run)), {name: value[rows] for name, value in arrays.items()})
+
+
+# --- files
+
+
+def test_a_checkpoint_in_two_files_of_bfloat16_reads_the_same(tmp_path):
+    folder = copy("llama", tmp_path / "model")
+    half = {name: value.astype(jnp.bfloat16) for name, value in load_file(folder / "model.safetensors").items()}
+    save_file(half, folder / "model.safetensors")
+    whole = jax.tree.leaves(read_decoder(folder, head=True).params)
+    (folder / "model.safetensors").unlink()
+    index = {}
+    for part in (0, 1):
+        shard = {name: half[name] for name in sorted(half)[part::2]}
+        save_file(shard, folder / f"part-{part}.safetensors")
+        index |= dict.fromkeys(shard, f"part-{part}.safetensors")
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+    for a, b in zip(whole, jax.tree.leaves(read_decoder(folder, head=True).params), strict=True):
+        assert b.dtype == jnp.float32
+        np.testing.assert_array_equal(a, b)
+
+
+def test_weights_of_integers_and_damaged_files_are_errors(tmp_path):
+    folder = copy("llama", tmp_path / "model")
+    tensors = load_file(folder / "model.safetensors")
+    save_file(tensors | {"model.norm.weight": np.ones(16, np.int8)}, folder / "model.safetensors")
+    with pytest.raises(EncoderError, match=r"norm\.weight is of I8; only F64, F32"):
+        read_decoder(folder)
+    (folder / "model.safetensors").write_bytes((FIXTURES / "llama" / "model.safetensors").read_bytes()[:900])
+    with pytest.raises(EncoderError, match="not a readable safetensors file"):
+        read_decoder(folder)
+
+
+def copy(kind: str, folder: Path, **config) -> Path:
+    """A copy of a tiny checkpoint with entries of its config.json changed."""
+    shutil.copytree(FIXTURES / kind, folder)
+    raw = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(raw | config))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"model_type": "falcon"}, "model_type 'falcon' is not one of llama"),
+        ({"hidden_act": "swish2"}, "activation 'swish2' is not one of"),
+        ({"attention_bias": "alibi"}, "attention_bias is 'alibi'"),
+        ({"attention_bias": False}, "which config.json does not announce"),
+        ({"rope_parameters": {"rope_type": "spiral"}}, "rope type 'spiral' is not one of default, linear"),
+        ({"rope_parameters": {"rope_type": "linear"}}, "rope type 'linear' lacks 'factor'"),
+        ({"rope_parameters": {"rope_type": "default", "mrope_section": [1]}}, "has unknown 'mrope_section'"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is not computed"),
+        ({"quantization_config": {"bits": 4}}, "quantization_config is not computed"),
+        ({"auto_map": {"AutoModel": "code.Model"}}, "auto_map is not computed"),
+        ({"num_key_value_heads": 3}, "3 key-value heads"),
+        ({"num_hidden_layers": 3}, "the weights lack layers.2"),
+        ({"intermediate_size": 23}, "config.json says"),
+        ({"layer_types": ["full_attention"] * 2}, "layer_types is not an entry"),
+    ],
+)
+def test_a_config_that_is_not_computed_exactly_is_an_error(config, message, tmp_path):
+    with pytest.raises(EncoderError, match=message) as error:
+        read_decoder(copy("llama", tmp_path / "model", **config))
+    assert "\n" not in str(error.value)
