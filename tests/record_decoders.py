@@ -30,8 +30,13 @@ SIZES: dict[str, Any] = {
     "eos_token_id": 2,
 }
 THETA = {"rope_parameters": {"rope_type": "default", "rope_theta": 77.0}}
+# Four tokens, where rows of the example have up to twelve.
+SLIDING = {"sliding_window": 4, "layer_types": ["full_attention", "sliding_attention"]}
 KINDS: dict[str, dict[str, Any]] = {
     "llama": SIZES | THETA | {"rms_norm_eps": 1e-5, "attention_bias": True, "mlp_bias": True},
+    "mistral": SIZES | THETA | {"sliding_window": 4},
+    "qwen2": SIZES | THETA | SLIDING | {"use_sliding_window": True, "tie_word_embeddings": True},
+    "qwen3": SIZES | THETA | SLIDING | {"use_sliding_window": True, "attention_bias": True},
 }
 
 

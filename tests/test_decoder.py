@@ -102,6 +102,11 @@ def test_a_padded_batch_equals_that_of_transformers(kind, tmp_path):
     [
         ("llama", {}),
         ("llama", {"tie_word_embeddings": True, "attention_bias": False, "mlp_bias": False, "hidden_act": "gelu"}),
+        ("llama", {"num_key_value_heads": 4, "head_dim": None, "rope_parameters": None}),
+        ("mistral", {"sliding_window": None, "num_key_value_heads": 1}),
+        ("qwen2", {"use_sliding_window": False, "layer_types": None}),
+        ("qwen2", {"layer_types": None, "max_window_layers": 1}),
+        ("qwen3", {"use_sliding_window": False, "layer_types": None, "attention_bias": False}),
     ],
 )
 def test_variants_equal_transformers(kind, changes, tmp_path):
@@ -227,25 +232,29 @@ def copy(kind: str, folder: Path, **config) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("config", "message"),
+    ("kind", "config", "message"),
     [
-        ({"model_type": "falcon"}, "model_type 'falcon' is not one of llama"),
-        ({"hidden_act": "swish2"}, "activation 'swish2' is not one of"),
-        ({"attention_bias": "alibi"}, "attention_bias is 'alibi'"),
-        ({"attention_bias": False}, "which config.json does not announce"),
-        ({"rope_parameters": {"rope_type": "spiral"}}, "rope type 'spiral' is not one of default, linear"),
-        ({"rope_parameters": {"rope_type": "linear"}}, "rope type 'linear' lacks 'factor'"),
-        ({"rope_parameters": {"rope_type": "default", "mrope_section": [1]}}, "has unknown 'mrope_section'"),
-        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is not computed"),
-        ({"quantization_config": {"bits": 4}}, "quantization_config is not computed"),
-        ({"auto_map": {"AutoModel": "code.Model"}}, "auto_map is not computed"),
-        ({"num_key_value_heads": 3}, "3 key-value heads"),
-        ({"num_hidden_layers": 3}, "the weights lack layers.2"),
-        ({"intermediate_size": 23}, "config.json says"),
-        ({"layer_types": ["full_attention"] * 2}, "layer_types is not an entry"),
+        ("qwen3", {"layer_types": ["full_attention", "chunked_attention"]}, "layer_types names 'chunked_attention'"),
+        ("qwen3", {"layer_types": ["full_attention"]}, "layer_types has 1 entries for 2 layers"),
+        ("qwen2", {"use_sliding_window": False}, "but there is no sliding_window"),
+        ("mistral", {"layer_types": ["full_attention"] * 2}, "layer_types is not an entry"),
+        ("llama", {"model_type": "falcon"}, "model_type 'falcon' is not one of llama"),
+        ("llama", {"hidden_act": "swish2"}, "activation 'swish2' is not one of"),
+        ("llama", {"attention_bias": "alibi"}, "attention_bias is 'alibi'"),
+        ("llama", {"attention_bias": False}, "which config.json does not announce"),
+        ("llama", {"rope_parameters": {"rope_type": "spiral"}}, "rope type 'spiral' is not one of default, linear"),
+        ("llama", {"rope_parameters": {"rope_type": "linear"}}, "rope type 'linear' lacks 'factor'"),
+        ("llama", {"rope_parameters": {"rope_type": "default", "mrope_section": [1]}}, "has unknown 'mrope_section'"),
+        ("llama", {"partial_rotary_factor": 0.5}, "partial_rotary_factor is not computed"),
+        ("llama", {"quantization_config": {"bits": 4}}, "quantization_config is not computed"),
+        ("llama", {"auto_map": {"AutoModel": "code.Model"}}, "auto_map is not computed"),
+        ("llama", {"num_key_value_heads": 3}, "3 key-value heads"),
+        ("llama", {"num_hidden_layers": 3}, "the weights lack layers.2"),
+        ("llama", {"intermediate_size": 23}, "config.json says"),
+        ("llama", {"layer_types": ["full_attention"] * 2}, "layer_types is not an entry"),
     ],
 )
-def test_a_config_that_is_not_computed_exactly_is_an_error(config, message, tmp_path):
+def test_a_config_that_is_not_computed_exactly_is_an_error(kind, config, message, tmp_path):
     with pytest.raises(EncoderError, match=message) as error:
-        read_decoder(copy("llama", tmp_path / "model", **config))
+        read_decoder(copy(kind, tmp_path / "model", **config))
     assert "\n" not in str(error.value)

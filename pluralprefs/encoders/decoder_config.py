@@ -14,7 +14,7 @@ from pluralprefs.encoders.layers import ACTIVATIONS
 from pluralprefs.encoders.rope import Rope, read_rope
 from pluralprefs.encoders.weights import EncoderError, read_json
 
-MODEL_TYPES = ("llama",)
+MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
 # Entries that would change the computation and that nothing here computes.
 REFUSED = ("quantization_config", "auto_map", "per_layer_config", "use_bidirectional_attention")
 FULL, SLIDING = "full_attention", "sliding_attention"
