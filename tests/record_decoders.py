@@ -32,11 +32,18 @@ SIZES: dict[str, Any] = {
 THETA = {"rope_parameters": {"rope_type": "default", "rope_theta": 77.0}}
 # Four tokens, where rows of the example have up to twelve.
 SLIDING = {"sliding_window": 4, "layer_types": ["full_attention", "sliding_attention"]}
+GEMMA = {"query_pre_attn_scalar": 20, "attention_bias": True}
+LOCAL = {
+    "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 177.0},
+    "sliding_attention": {"rope_type": "default", "rope_theta": 77.0},
+}
 KINDS: dict[str, dict[str, Any]] = {
     "llama": SIZES | THETA | {"rms_norm_eps": 1e-5, "attention_bias": True, "mlp_bias": True},
     "mistral": SIZES | THETA | {"sliding_window": 4},
     "qwen2": SIZES | THETA | SLIDING | {"use_sliding_window": True, "tie_word_embeddings": True},
     "qwen3": SIZES | THETA | SLIDING | {"use_sliding_window": True, "attention_bias": True},
+    "gemma2": SIZES | THETA | SLIDING | GEMMA | {"attn_logit_softcapping": 1.5, "final_logit_softcapping": 4.0},
+    "gemma3_text": SIZES | SLIDING | GEMMA | {"rope_parameters": LOCAL, "final_logit_softcapping": None},
 }
 
 

@@ -17,6 +17,7 @@ from record_decoders import FIXTURES, KINDS, example_tokens, padded_reference, r
 from safetensors.numpy import load_file, save_file
 
 from pluralprefs.encoders.checkpoint import Tensors
+from pluralprefs.encoders.decoder_config import DecoderConfig
 from pluralprefs.encoders.decoder_weights import Loaded, read_decoder
 from pluralprefs.encoders.weights import EncoderError
 from pluralprefs.sharding import batch_sharding, make_mesh
@@ -107,6 +108,11 @@ def test_a_padded_batch_equals_that_of_transformers(kind, tmp_path):
         ("qwen2", {"use_sliding_window": False, "layer_types": None}),
         ("qwen2", {"layer_types": None, "max_window_layers": 1}),
         ("qwen3", {"use_sliding_window": False, "layer_types": None, "attention_bias": False}),
+        ("gemma2", {"attn_logit_softcapping": None, "final_logit_softcapping": None, "layer_types": None}),
+        ("gemma2", {"tie_word_embeddings": False, "attention_bias": False, "hidden_activation": "gelu"}),
+        ("gemma3_text", {"final_logit_softcapping": 3.0, "attention_bias": False}),
+        ("gemma3_text", {"layer_types": None, "sliding_window_pattern": 2, "tie_word_embeddings": False}),
+        ("gemma3_text", {"layer_types": None}),
     ],
 )
 def test_variants_equal_transformers(kind, changes, tmp_path):
@@ -212,6 +218,26 @@ def test_a_checkpoint_in_two_files_of_bfloat16_reads_the_same(tmp_path):
         np.testing.assert_array_equal(a, b)
 
 
+@pytest.mark.parametrize(
+    ("kind", "old"),
+    [
+        ("llama", {"rope_theta": 77.0}),
+        ("mistral", {"rope_theta": 77.0, "rope_scaling": None}),
+        (
+            "gemma3_text",
+            {
+                "rope_theta": 177.0,
+                "rope_local_base_freq": 77.0,
+                "rope_scaling": {"rope_type": "linear", "factor": 8.0},
+            },
+        ),
+    ],
+)
+def test_a_config_of_earlier_versions_reads_the_same(kind, old, tmp_path):
+    folder = copy(kind, tmp_path / "model", rope_parameters=None, **old)
+    assert DecoderConfig.read(folder) == DecoderConfig.read(FIXTURES / kind)
+
+
 def test_weights_of_integers_and_damaged_files_are_errors(tmp_path):
     folder = copy("llama", tmp_path / "model")
     tensors = load_file(folder / "model.safetensors")
@@ -238,6 +264,9 @@ def copy(kind: str, folder: Path, **config) -> Path:
         ("qwen3", {"layer_types": ["full_attention"]}, "layer_types has 1 entries for 2 layers"),
         ("qwen2", {"use_sliding_window": False}, "but there is no sliding_window"),
         ("mistral", {"layer_types": ["full_attention"] * 2}, "layer_types is not an entry"),
+        ("gemma3_text", {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping is an entry of gemma2"),
+        ("gemma3_text", {"rope_parameters": {"rope_theta": 5.0}}, "rope_parameters has unknown 'rope_theta'"),
+        ("gemma2", {"use_bidirectional_attention": True}, "use_bidirectional_attention is not computed"),
         ("llama", {"model_type": "falcon"}, "model_type 'falcon' is not one of llama"),
         ("llama", {"hidden_act": "swish2"}, "activation 'swish2' is not one of"),
         ("llama", {"attention_bias": "alibi"}, "attention_bias is 'alibi'"),

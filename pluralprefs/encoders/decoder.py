@@ -1,4 +1,4 @@
-"""Decoders in Flax NNX: Llama, Mistral and Qwen, with the weights of Hugging Face checkpoints.
+"""Decoders in Flax NNX: Llama, Mistral, Qwen and Gemma, with the weights of Hugging Face checkpoints.
 
 A stack of layers, each a causal self-attention and a perceptron on a residual stream,
 
@@ -41,16 +41,16 @@ class Places(NamedTuple):
 
 
 class Norm(nnx.Module):
-    """x / sqrt(mean(x^2) + epsilon) * scale, in float32 and back to the type of x."""
+    """x / sqrt(mean(x^2) + epsilon) * (offset + scale), in float32 and back to the type of x."""
 
     def __init__(self, size: int, config: DecoderConfig):
         self.scale = nnx.Param(jnp.ones(size))
-        self.epsilon = config.epsilon
+        self.epsilon, self.offset = config.epsilon, config.norm_offset
 
     def __call__(self, x: Float[Array, "*batch size"]) -> Float[Array, "*batch size"]:
         wide = x.astype(jnp.float32)
         wide = wide * jax.lax.rsqrt(jnp.mean(wide**2, axis=-1, keepdims=True) + self.epsilon)
-        return (wide * jnp.broadcast_to(self.scale[...], wide.shape)).astype(x.dtype)
+        return (wide * jnp.broadcast_to(self.offset + self.scale[...], wide.shape)).astype(x.dtype)
 
 
 class Layer(nnx.Module):
@@ -66,6 +66,8 @@ class Layer(nnx.Module):
         self.up = linear(config.dim, config.hidden, config.mlp_bias)
         self.down = linear(config.hidden, config.dim, config.mlp_bias)
         self.attention_norm, self.mlp_norm = Norm(config.dim, config), Norm(config.dim, config)
+        self.attention_after = Norm(config.dim, config) if config.blocks_normed else None
+        self.mlp_after = Norm(config.dim, config) if config.blocks_normed else None
         self.query_norm = Norm(size, config) if config.qk_norm else None
         self.key_norm = Norm(size, config) if config.qk_norm else None
         self.config = config
@@ -73,8 +75,10 @@ class Layer(nnx.Module):
     def __call__(
         self, x: Float[Array, "batch length dim"], turns: Turns, seen: Bool[Array, "batch 1 length length"]
     ) -> Float[Array, "batch length dim"]:
-        x = x + self.attend(self.attention_norm(x), turns, seen)
-        return x + self.perceive(self.mlp_norm(x))
+        added = self.attend(self.attention_norm(x), turns, seen)
+        x = x + (added if self.attention_after is None else self.attention_after(added))
+        added = self.perceive(self.mlp_norm(x))
+        return x + (added if self.mlp_after is None else self.mlp_after(added))
 
     def attend(
         self, x: Float[Array, "batch length dim"], turns: Turns, seen: Bool[Array, "batch 1 length length"]
@@ -85,7 +89,8 @@ class Layer(nnx.Module):
         if self.query_norm is not None and self.key_norm is not None:
             query, key = self.query_norm(query), self.key_norm(key)
         query, key = rotate(query, *turns), rotate(key, *turns)
-        return self.out(attention(query, key, value, seen, scale=self.config.scale).reshape(*x.shape[:2], -1))
+        mixed = attention(query, key, value, seen, scale=self.config.scale, cap=self.config.score_cap)
+        return self.out(mixed.reshape(*x.shape[:2], -1))
 
     def perceive(self, x: Float[Array, "batch length dim"]) -> Float[Array, "batch length dim"]:
         """The perceptron."""
@@ -108,21 +113,29 @@ class Decoder(nnx.Module):
         """Hidden states in the compute type; those of padding are meaningless."""
         mask = jnp.asarray(tokens.mask)
         places = locate(mask, jnp.asarray(tokens.segment))
-        x = self.words(jnp.asarray(tokens.ids)).astype(self.dtype)
+        x = self.words(jnp.asarray(tokens.ids)).astype(self.dtype) * jnp.asarray(
+            self.config.embedding_scale, self.dtype
+        )
         turns = {rope: turn(rope, places.position, places.longest) for rope in set(self.config.ropes)}
         seen = {window: visible(places, places, mask, window) for window in set(self.config.windows)}
         for layer, rope, window in zip(self.layers, self.config.ropes, self.config.windows, strict=True):
             x = layer(x, turns[rope], seen[window])
         return self.norm(x)
 
+    def embed(self, ids: Int[Array, "batch length"]) -> Float[Array, "batch length dim"]:
+        """Word embeddings in the compute type; an id outside the vocabulary gives NaN."""
+        return self.words(ids).astype(self.dtype) * jnp.asarray(self.config.embedding_scale, self.dtype)
+
     def logits(self, hidden: Float[Array, "*batch dim"]) -> Float[Array, "*batch vocabulary"]:
         """Logits of the next token, in float32. Raises ValueError where the head was not loaded."""
         wide = hidden.astype(jnp.float32)
         if self.config.tied:
-            return jnp.matmul(wide, self.words.embedding[...].T, precision=jax.lax.Precision.HIGHEST)
-        if self.head is None:
+            logits = jnp.matmul(wide, self.words.embedding[...].T, precision=jax.lax.Precision.HIGHEST)
+        elif self.head is not None:
+            logits = self.head(wide)
+        else:
             raise ValueError("this decoder was loaded without its head; load it with head=True")
-        return self.head(wide)
+        return cap_softly(logits, self.config.logit_cap)
 
 
 def locate(mask: Bool[Array, "batch length"], segment: Int[Array, "batch length"]) -> Places:
@@ -156,10 +169,27 @@ def attention(
     seen: Bool[Array, "batch 1 length keys"],
     *,
     scale: float,
+    cap: float | None = None,
 ) -> Float[Array, "batch length heads dim"]:
-    """Softmax attention with shared keys and values. A query that sees nothing (padding) has a finite result."""
+    """Softmax attention with shared keys and values. A query that sees nothing (padding) has a finite result.
+
+    `jax.nn.dot_product_attention` computes it, save where scores are capped: it has no place for a function between
+    the product and the mask.
+    """
     with jax.default_matmul_precision("highest" if query.dtype == jnp.float32 else "default"):
-        return jax.nn.dot_product_attention(query, key, value, mask=seen, scale=scale)
+        if cap is None:
+            return jax.nn.dot_product_attention(query, key, value, mask=seen, scale=scale)
+        batch, length, heads, dim = query.shape
+        grouped = query.reshape(batch, length, key.shape[2], -1, dim)
+        scores = jnp.einsum("bqkgd,bskd->bkgqs", grouped, key, preferred_element_type=jnp.float32) * scale
+        scores = jnp.where(seen[:, :, None], cap_softly(scores, cap), jnp.finfo(scores.dtype).min)
+        weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
+        return jnp.einsum("bkgqs,bskd->bqkgd", weights, value).reshape(batch, length, heads, dim)
+
+
+def cap_softly(x: Float[Array, "*batch"], cap: float | None) -> Float[Array, "*batch"]:
+    """cap * tanh(x / cap): x itself where it is small, never beyond the cap."""
+    return x if cap is None else cap * jnp.tanh(x / cap)
 
 
 def _linear(dtype: Any, rngs: nnx.Rngs) -> Any:

@@ -14,15 +14,23 @@ from pluralprefs.encoders.layers import ACTIVATIONS
 from pluralprefs.encoders.rope import Rope, read_rope
 from pluralprefs.encoders.weights import EncoderError, read_json
 
-MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
+MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text")
 # Entries that would change the computation and that nothing here computes.
 REFUSED = ("quantization_config", "auto_map", "per_layer_config", "use_bidirectional_attention")
+BIASED = ("llama", "qwen3", "gemma2", "gemma3_text")  # the types whose config can ask for biases of attention
+HEAD_DIMS = {"qwen3": 128, "gemma2": 256, "gemma3_text": 256}
+LOGIT_CAPS = {"gemma2": 30.0, "gemma3_text": None}
 FULL, SLIDING = "full_attention", "sliding_attention"
 
 
 @dataclass(frozen=True)
 class DecoderConfig:
-    """A decoder. `windows` and `ropes` have one entry a layer; a window of None is attention to the whole past."""
+    """A decoder. `windows` and `ropes` have one entry a layer; a window of None is attention to the whole past.
+
+    `scale` multiplies products of query and key, `score_cap` and `logit_cap` bound those and the logits softly,
+    `embedding_scale` multiplies word embeddings, `norm_offset` is added to a norm's weight. `blocks_normed` says that
+    what a block adds to the residual stream is normalised too.
+    """
 
     model_type: str
     vocabulary: int
@@ -36,17 +44,18 @@ class DecoderConfig:
     activation: str
     epsilon: float
     tied: bool
+    scale: float
     windows: tuple[int | None, ...]
     ropes: tuple[Rope, ...]
     qkv_bias: bool = False
     out_bias: bool = False
     mlp_bias: bool = False
     qk_norm: bool = False
-
-    @property
-    def scale(self) -> float:
-        """What products of query and key are multiplied with."""
-        return self.head_dim**-0.5
+    blocks_normed: bool = False
+    norm_offset: float = 0.0
+    embedding_scale: float = 1.0
+    score_cap: float | None = None
+    logit_cap: float | None = None
 
     @classmethod
     def read(cls, folder: Path) -> DecoderConfig:
@@ -75,35 +84,59 @@ class DecoderConfig:
 def _read(path: Path, raw: dict[str, Any]) -> DecoderConfig:
     """Read the model types whose positions are rotary."""
     kind, layers, heads = raw["model_type"], raw["num_hidden_layers"], raw["num_attention_heads"]
-    head_dim = raw.get("head_dim") or (128 if kind == "qwen3" else raw["hidden_size"] // heads)
-    bias = kind in ("llama", "qwen3") and _flag(path, raw, "attention_bias")
+    gemma, dim = kind.startswith("gemma"), raw["hidden_size"]
+    head_dim = raw.get("head_dim") or HEAD_DIMS.get(kind) or dim // heads
+    bias = kind in BIASED and _flag(path, raw, "attention_bias")
     kinds, window = _layer_types(path, raw), _window(raw)
     if window is None and SLIDING in kinds:
         raise EncoderError(f"{path}: layer_types name {SLIDING!r}, but there is no sliding_window")
+    if kind == "gemma3_text" and raw.get("attn_logit_softcapping"):
+        raise EncoderError(f"{path}: attn_logit_softcapping is an entry of gemma2, model_type 'gemma3_text' has none")
     return DecoderConfig(
         model_type=kind,
         vocabulary=raw["vocab_size"],
         positions=raw["max_position_embeddings"],
-        dim=raw["hidden_size"],
+        dim=dim,
         hidden=raw["intermediate_size"],
         heads=heads,
         kv_heads=raw.get("num_key_value_heads") or heads,
         head_dim=head_dim,
         layers=layers,
-        activation=raw["hidden_act"],
+        activation=raw["hidden_activation" if gemma else "hidden_act"],
         epsilon=raw["rms_norm_eps"],
-        tied=_flag(path, raw, "tie_word_embeddings"),
+        tied=_flag(path, raw, "tie_word_embeddings", gemma),
+        scale=(raw["query_pre_attn_scalar"] if gemma else head_dim) ** -0.5,
         windows=tuple(window if each == SLIDING else None for each in kinds),
         ropes=_ropes(path, raw, kinds, head_dim),
         qkv_bias=bias or kind == "qwen2",
         out_bias=bias,
         mlp_bias=kind == "llama" and _flag(path, raw, "mlp_bias"),
-        qk_norm=kind == "qwen3",
+        qk_norm=kind in ("qwen3", "gemma3_text"),
+        blocks_normed=gemma,
+        norm_offset=1.0 if gemma else 0.0,
+        embedding_scale=dim**0.5 if gemma else 1.0,
+        score_cap=raw.get("attn_logit_softcapping", 50.0) if kind == "gemma2" else None,
+        logit_cap=raw.get("final_logit_softcapping", LOGIT_CAPS[kind]) if gemma else None,
     )
 
 
 def _ropes(path: Path, raw: dict[str, Any], kinds: tuple[str, ...], head_dim: int) -> tuple[Rope, ...]:
-    """One rope a layer; transformers 5 writes rope_parameters, earlier versions rope_scaling and rope_theta."""
+    """One rope a layer; transformers 5 writes rope_parameters, earlier versions rope_scaling and rope_theta.
+
+    Layers of Gemma 3 that slide have a base of their own and are not scaled.
+    """
+    if raw["model_type"] == "gemma3_text":
+        given = raw.get("rope_parameters") or {}
+        unknown = sorted(set(given) - {FULL, SLIDING})
+        if unknown:
+            raise EncoderError(f"{path}: rope_parameters has unknown {unknown[0]!r}; it has {FULL} and {SLIDING}")
+        bases = {FULL: raw.get("rope_theta") or 1e6, SLIDING: raw.get("rope_local_base_freq") or 1e4}
+        given = given | {FULL: (given.get(FULL) or {}) | (raw.get("rope_scaling") or {})}
+        ropes = {
+            each: read_rope(path, raw, given.get(each) or {}, theta=theta, dim=head_dim)
+            for each, theta in bases.items()
+        }
+        return tuple(ropes[each] for each in kinds)
     given = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
     rope = read_rope(path, raw, given, theta=raw.get("rope_theta") or 10_000.0, dim=head_dim)
     return (rope,) * len(kinds)
@@ -129,6 +162,9 @@ def _layer_types(path: Path, raw: dict[str, Any]) -> tuple[Literal["full_attenti
             wrong = f"names {unknown[0]!r}" if unknown else f"has {len(given)} entries for {layers} layers"
             raise EncoderError(f"{path}: layer_types {wrong}; it lists {FULL!r} or {SLIDING!r}, one a layer")
         return tuple(given)
+    if kind.startswith("gemma"):
+        period = 2 if kind == "gemma2" else raw.get("sliding_window_pattern") or 6
+        return tuple(SLIDING if (layer + 1) % period else FULL for layer in range(layers))
     first = raw.get("max_window_layers", 28)
     return tuple(SLIDING if _window(raw) is not None and layer >= first else FULL for layer in range(layers))
 

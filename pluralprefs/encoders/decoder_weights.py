@@ -34,6 +34,11 @@ LLAMA_NAMES = {
     "layers.{}.attention_norm": "layers.{}.input_layernorm",
     "layers.{}.mlp_norm": "layers.{}.post_attention_layernorm",
 }
+GEMMA_NAMES = LLAMA_NAMES | {
+    "layers.{}.attention_after": "layers.{}.post_attention_layernorm",
+    "layers.{}.mlp_norm": "layers.{}.pre_feedforward_layernorm",
+    "layers.{}.mlp_after": "layers.{}.post_feedforward_layernorm",
+}
 # Heads and hidden units are split over `tensor`, the model's dimension over `fsdp`: a product that ends a block is
 # summed over `tensor` once, and weights are gathered from `fsdp` layer by layer.
 DECODER_RULES: Rules = (
@@ -69,7 +74,7 @@ def read_decoder(
     config = DecoderConfig.read(folder)
     model = nnx.eval_shape(lambda: Decoder(config, head=head, dtype=dtype, rngs=nnx.Rngs(0)))
     graphdef, state = nnx.split(model)
-    shapes, names = nnx.to_pure_dict(state), LLAMA_NAMES
+    shapes, names = nnx.to_pure_dict(state), GEMMA_NAMES if config.blocks_normed else LLAMA_NAMES
     with Tensors(folder, _plain_name) as tensors:
         _check_all_used(tensors, shapes, names)
         return Loaded(config, graphdef, fill(tensors, shapes, names, mesh=mesh, rules=rules))
