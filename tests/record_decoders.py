@@ -37,6 +37,7 @@ LOCAL = {
     "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 177.0},
     "sliding_attention": {"rope_type": "default", "rope_theta": 77.0},
 }
+OPT = {name: SIZES[name] for name in SIZES if name not in ("intermediate_size", "num_key_value_heads", "head_dim")}
 KINDS: dict[str, dict[str, Any]] = {
     "llama": SIZES | THETA | {"rms_norm_eps": 1e-5, "attention_bias": True, "mlp_bias": True},
     "mistral": SIZES | THETA | {"sliding_window": 4},
@@ -44,6 +45,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "qwen3": SIZES | THETA | SLIDING | {"use_sliding_window": True, "attention_bias": True},
     "gemma2": SIZES | THETA | SLIDING | GEMMA | {"attn_logit_softcapping": 1.5, "final_logit_softcapping": 4.0},
     "gemma3_text": SIZES | SLIDING | GEMMA | {"rope_parameters": LOCAL, "final_logit_softcapping": None},
+    "opt": OPT | {"ffn_dim": 24, "word_embed_proj_dim": 12},
 }
 
 

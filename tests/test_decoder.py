@@ -113,6 +113,9 @@ def test_a_padded_batch_equals_that_of_transformers(kind, tmp_path):
         ("gemma3_text", {"final_logit_softcapping": 3.0, "attention_bias": False}),
         ("gemma3_text", {"layer_types": None, "sliding_window_pattern": 2, "tie_word_embeddings": False}),
         ("gemma3_text", {"layer_types": None}),
+        ("opt", {"do_layer_norm_before": False, "activation_function": "gelu_new"}),
+        ("opt", {"_remove_final_layer_norm": True, "word_embed_proj_dim": None, "enable_bias": False}),
+        ("opt", {"layer_norm_elementwise_affine": False, "tie_word_embeddings": False}),
     ],
 )
 def test_variants_equal_transformers(kind, changes, tmp_path):
@@ -267,6 +270,8 @@ def copy(kind: str, folder: Path, **config) -> Path:
         ("gemma3_text", {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping is an entry of gemma2"),
         ("gemma3_text", {"rope_parameters": {"rope_theta": 5.0}}, "rope_parameters has unknown 'rope_theta'"),
         ("gemma2", {"use_bidirectional_attention": True}, "use_bidirectional_attention is not computed"),
+        ("opt", {"num_attention_heads": 3}, "3 heads do not divide 16"),
+        ("opt", {"layer_norm_elementwise_affine": False}, "which config.json does not announce"),
         ("llama", {"model_type": "falcon"}, "model_type 'falcon' is not one of llama"),
         ("llama", {"hidden_act": "swish2"}, "activation 'swish2' is not one of"),
         ("llama", {"attention_bias": "alibi"}, "attention_bias is 'alibi'"),

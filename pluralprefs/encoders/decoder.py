@@ -1,11 +1,11 @@
-"""Decoders in Flax NNX: Llama, Mistral, Qwen and Gemma, with the weights of Hugging Face checkpoints.
+"""Decoders in Flax NNX: Llama, Mistral, Qwen, Gemma and OPT, with the weights of Hugging Face checkpoints.
 
 A stack of layers, each a causal self-attention and a perceptron on a residual stream,
 
     x <- x + attention(norm(x))        x <- x + down(act(gate(norm(x))) * up(norm(x)))
 
-Queries share keys and values in groups, positions are rotary (`rope.py`), attention may be limited to a window. What
-varies between model types is read by `decoder_config.py` and stated there.
+Queries share keys and values in groups, positions are rotary (`rope.py`; learned in OPT), attention may be limited to a
+window. What varies between model types is read by `decoder_config.py` and stated there.
 
 Rows may be padded on either side, and may hold several sequences one after the other (packing): `Tokens.segment`
 changes where the next one begins. Positions are counted along the mask and restart with every sequence, and a token
@@ -17,44 +17,48 @@ the head stay in float32.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
+from pluralprefs.encoders.attention import Places, attention, cap_softly, locate, visible
 from pluralprefs.encoders.decoder_config import DecoderConfig
 from pluralprefs.encoders.layers import ACTIVATIONS, precision
 from pluralprefs.encoders.rope import rotate, turn
 from pluralprefs.types import Tokens
 
 Turns = tuple[Float[Array, "batch length planes"], Float[Array, "batch length planes"]]
-
-
-class Places(NamedTuple):
-    """Where every token stands: in which sequence of its row (`run`), where in it, and how long that is."""
-
-    position: Int[Array, "batch length"]
-    run: Int[Array, "batch length"]
-    longest: Int[Array, "batch length"]
+OPT_OFFSET = 2  # the first rows of OPT's position table are of padding
 
 
 class Norm(nnx.Module):
-    """x / sqrt(mean(x^2) + epsilon) * (offset + scale), in float32 and back to the type of x."""
+    """x / sqrt(mean(x^2) + epsilon) * (offset + scale), in float32 and back to the type of x.
+
+    OPT's takes the mean off x first and adds a bias.
+    """
 
     def __init__(self, size: int, config: DecoderConfig):
-        self.scale = nnx.Param(jnp.ones(size))
-        self.epsilon, self.offset = config.epsilon, config.norm_offset
+        self.scale = nnx.Param(jnp.ones(size)) if config.norm_affine else None
+        self.bias = nnx.Param(jnp.zeros(size)) if config.norm_affine and config.norm_mean else None
+        self.epsilon, self.offset, self.centred = config.epsilon, config.norm_offset, config.norm_mean
 
     def __call__(self, x: Float[Array, "*batch size"]) -> Float[Array, "*batch size"]:
         wide = x.astype(jnp.float32)
+        if self.centred:
+            wide = wide - jnp.mean(wide, axis=-1, keepdims=True)
         wide = wide * jax.lax.rsqrt(jnp.mean(wide**2, axis=-1, keepdims=True) + self.epsilon)
-        return (wide * jnp.broadcast_to(self.offset + self.scale[...], wide.shape)).astype(x.dtype)
+        if self.scale is not None:
+            wide = wide * jnp.broadcast_to(self.offset + self.scale[...], wide.shape)
+        if self.bias is not None:
+            wide = wide + jnp.broadcast_to(self.bias[...], wide.shape)
+        return wide.astype(x.dtype)
 
 
 class Layer(nnx.Module):
-    """Self-attention and a gated perceptron, each on the normalised residual stream."""
+    """Self-attention and a perceptron, each on the normalised residual stream."""
 
     def __init__(self, config: DecoderConfig, *, dtype: Any, rngs: nnx.Rngs):
         linear, size = _linear(dtype, rngs), config.head_dim
@@ -62,7 +66,7 @@ class Layer(nnx.Module):
         self.key = linear(config.dim, config.kv_heads * size, config.qkv_bias)
         self.value = linear(config.dim, config.kv_heads * size, config.qkv_bias)
         self.out = linear(config.heads * size, config.dim, config.out_bias)
-        self.gate = linear(config.dim, config.hidden, config.mlp_bias)
+        self.gate = linear(config.dim, config.hidden, config.mlp_bias) if config.gated else None
         self.up = linear(config.dim, config.hidden, config.mlp_bias)
         self.down = linear(config.hidden, config.dim, config.mlp_bias)
         self.attention_norm, self.mlp_norm = Norm(config.dim, config), Norm(config.dim, config)
@@ -73,58 +77,70 @@ class Layer(nnx.Module):
         self.config = config
 
     def __call__(
-        self, x: Float[Array, "batch length dim"], turns: Turns, seen: Bool[Array, "batch 1 length length"]
+        self, x: Float[Array, "batch length dim"], turns: Turns | None, seen: Bool[Array, "batch 1 length length"]
     ) -> Float[Array, "batch length dim"]:
+        if not self.config.norm_first:
+            x = self.attention_norm(x + self.attend(x, turns, seen))
+            return self.mlp_norm(x + self.perceive(x))
         added = self.attend(self.attention_norm(x), turns, seen)
         x = x + (added if self.attention_after is None else self.attention_after(added))
         added = self.perceive(self.mlp_norm(x))
         return x + (added if self.mlp_after is None else self.mlp_after(added))
 
     def attend(
-        self, x: Float[Array, "batch length dim"], turns: Turns, seen: Bool[Array, "batch 1 length length"]
+        self, x: Float[Array, "batch length dim"], turns: Turns | None, seen: Bool[Array, "batch 1 length length"]
     ) -> Float[Array, "batch length dim"]:
         """Every token attends to the tokens that `seen` gives it."""
         split = (*x.shape[:2], -1, self.config.head_dim)
         query, key, value = (project(x).reshape(split) for project in (self.query, self.key, self.value))
         if self.query_norm is not None and self.key_norm is not None:
             query, key = self.query_norm(query), self.key_norm(key)
-        query, key = rotate(query, *turns), rotate(key, *turns)
+        if turns is not None:
+            query, key = rotate(query, *turns), rotate(key, *turns)
         mixed = attention(query, key, value, seen, scale=self.config.scale, cap=self.config.score_cap)
         return self.out(mixed.reshape(*x.shape[:2], -1))
 
     def perceive(self, x: Float[Array, "batch length dim"]) -> Float[Array, "batch length dim"]:
         """The perceptron."""
-        return self.down(ACTIVATIONS[self.config.activation](self.gate(x)) * self.up(x))
+        activate = ACTIVATIONS[self.config.activation]
+        return self.down(activate(self.up(x)) if self.gate is None else activate(self.gate(x)) * self.up(x))
 
 
 class Decoder(nnx.Module):
     """Token ids to the hidden states behind the last norm, and from those to logits where it has a head."""
 
     def __init__(self, config: DecoderConfig, *, head: bool, dtype: Any, rngs: nnx.Rngs):
-        self.words = nnx.Embed(config.vocabulary, config.dim, rngs=rngs)
+        linear, projected = _linear(dtype, rngs), config.word_dim != config.dim
+        self.words = nnx.Embed(config.vocabulary, config.word_dim, rngs=rngs)
+        self.project_in = linear(config.word_dim, config.dim, False) if projected else None
+        table = config.positions + OPT_OFFSET
+        self.positions = nnx.Embed(table, config.dim, rngs=rngs) if config.ropes[0] is None else None
         self.layers = nnx.List([Layer(config, dtype=dtype, rngs=rngs) for _ in range(config.layers)])
-        self.norm = Norm(config.dim, config)
+        self.norm = Norm(config.dim, config) if config.norm_last else None
+        self.project_out = linear(config.dim, config.word_dim, False) if projected else None
         # The head is of float32 whatever the rest is: differences of logits are small beside logits.
         untied = head and not config.tied
-        self.head = _linear(jnp.float32, rngs)(config.dim, config.vocabulary, False) if untied else None
+        self.head = _linear(jnp.float32, rngs)(config.word_dim, config.vocabulary, False) if untied else None
         self.config, self.dtype = config, dtype
 
     def __call__(self, tokens: Tokens) -> Float[Array, "batch length dim"]:
         """Hidden states in the compute type; those of padding are meaningless."""
         mask = jnp.asarray(tokens.mask)
         places = locate(mask, jnp.asarray(tokens.segment))
-        x = self.words(jnp.asarray(tokens.ids)).astype(self.dtype) * jnp.asarray(
-            self.config.embedding_scale, self.dtype
-        )
-        turns = {rope: turn(rope, places.position, places.longest) for rope in set(self.config.ropes)}
+        x = self.embed(jnp.asarray(tokens.ids), places)
+        turns = {rope: rope and turn(rope, places.position, places.longest) for rope in set(self.config.ropes)}
         seen = {window: visible(places, places, mask, window) for window in set(self.config.windows)}
         for layer, rope, window in zip(self.layers, self.config.ropes, self.config.windows, strict=True):
             x = layer(x, turns[rope], seen[window])
-        return self.norm(x)
+        x = x if self.norm is None else self.norm(x)
+        return x if self.project_out is None else self.project_out(x)
 
-    def embed(self, ids: Int[Array, "batch length"]) -> Float[Array, "batch length dim"]:
-        """Word embeddings in the compute type; an id outside the vocabulary gives NaN."""
-        return self.words(ids).astype(self.dtype) * jnp.asarray(self.config.embedding_scale, self.dtype)
+    def embed(self, ids: Int[Array, "batch length"], places: Places) -> Float[Array, "batch length dim"]:
+        """Embeddings in the compute type. An id outside the vocabulary, or a place beyond OPT's, gives NaN."""
+        x = self.words(ids).astype(self.dtype) * jnp.asarray(self.config.embedding_scale, self.dtype)
+        if self.project_in is not None:
+            x = self.project_in(x)
+        return x if self.positions is None else x + self.positions(places.position + OPT_OFFSET).astype(self.dtype)
 
     def logits(self, hidden: Float[Array, "*batch dim"]) -> Float[Array, "*batch vocabulary"]:
         """Logits of the next token, in float32. Raises ValueError where the head was not loaded."""
@@ -136,60 +152,6 @@ class Decoder(nnx.Module):
         else:
             raise ValueError("this decoder was loaded without its head; load it with head=True")
         return cap_softly(logits, self.config.logit_cap)
-
-
-def locate(mask: Bool[Array, "batch length"], segment: Int[Array, "batch length"]) -> Places:
-    """Count positions along the mask, anew wherever the segment changes.
-
-    A sequence stands in one piece: padding is before, behind or between sequences, not within one.
-    """
-    count = jnp.cumsum(mask, axis=1) - 1
-    before = jnp.pad(segment[:, :-1], ((0, 0), (1, 0)))
-    begins = mask & ((segment != before) | (count == 0))
-    start = jax.lax.cummax(jnp.where(begins, count, 0), axis=1)
-    total = count[:, -1:] + 1
-    following = jnp.concatenate([jnp.where(begins, count, total)[:, 1:], total], axis=1)
-    longest = jax.lax.cummin(following, axis=1, reverse=True) - start
-    return Places(jnp.maximum(count - start, 0), jnp.cumsum(begins, axis=1), longest)
-
-
-def visible(
-    query: Places, key: Places, mask: Bool[Array, "batch keys"], window: int | None
-) -> Bool[Array, "batch 1 length keys"]:
-    """Which keys a query sees: real tokens of its own sequence, up to itself, the last `window` of them."""
-    distance = query.position[:, :, None] - key.position[:, None, :]
-    seen = mask[:, None, :] & (query.run[:, :, None] == key.run[:, None, :]) & (distance >= 0)
-    return (seen if window is None else seen & (distance < window))[:, None]
-
-
-def attention(
-    query: Float[Array, "batch length heads dim"],
-    key: Float[Array, "batch keys kv_heads dim"],
-    value: Float[Array, "batch keys kv_heads dim"],
-    seen: Bool[Array, "batch 1 length keys"],
-    *,
-    scale: float,
-    cap: float | None = None,
-) -> Float[Array, "batch length heads dim"]:
-    """Softmax attention with shared keys and values. A query that sees nothing (padding) has a finite result.
-
-    `jax.nn.dot_product_attention` computes it, save where scores are capped: it has no place for a function between
-    the product and the mask.
-    """
-    with jax.default_matmul_precision("highest" if query.dtype == jnp.float32 else "default"):
-        if cap is None:
-            return jax.nn.dot_product_attention(query, key, value, mask=seen, scale=scale)
-        batch, length, heads, dim = query.shape
-        grouped = query.reshape(batch, length, key.shape[2], -1, dim)
-        scores = jnp.einsum("bqkgd,bskd->bkgqs", grouped, key, preferred_element_type=jnp.float32) * scale
-        scores = jnp.where(seen[:, :, None], cap_softly(scores, cap), jnp.finfo(scores.dtype).min)
-        weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
-        return jnp.einsum("bkgqs,bskd->bqkgd", weights, value).reshape(batch, length, heads, dim)
-
-
-def cap_softly(x: Float[Array, "*batch"], cap: float | None) -> Float[Array, "*batch"]:
-    """cap * tanh(x / cap): x itself where it is small, never beyond the cap."""
-    return x if cap is None else cap * jnp.tanh(x / cap)
 
 
 def _linear(dtype: Any, rngs: nnx.Rngs) -> Any:

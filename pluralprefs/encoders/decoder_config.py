@@ -14,7 +14,7 @@ from pluralprefs.encoders.layers import ACTIVATIONS
 from pluralprefs.encoders.rope import Rope, read_rope
 from pluralprefs.encoders.weights import EncoderError, read_json
 
-MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text")
+MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "opt")
 # Entries that would change the computation and that nothing here computes.
 REFUSED = ("quantization_config", "auto_map", "per_layer_config", "use_bidirectional_attention")
 BIASED = ("llama", "qwen3", "gemma2", "gemma3_text")  # the types whose config can ask for biases of attention
@@ -25,11 +25,14 @@ FULL, SLIDING = "full_attention", "sliding_attention"
 
 @dataclass(frozen=True)
 class DecoderConfig:
-    """A decoder. `windows` and `ropes` have one entry a layer; a window of None is attention to the whole past.
+    """A decoder. `windows` and `ropes` have one entry a layer; a window of None is attention to the whole past, and
+    without ropes positions are learned.
 
     `scale` multiplies products of query and key, `score_cap` and `logit_cap` bound those and the logits softly,
     `embedding_scale` multiplies word embeddings, `norm_offset` is added to a norm's weight. `blocks_normed` says that
-    what a block adds to the residual stream is normalised too.
+    what a block adds to the residual stream is normalised too. `word_dim` is the size of word embeddings and of the
+    hidden states that come out. The norms of OPT subtract the mean, may lack weights (`norm_affine`), and may stand
+    behind the residual sum instead of before the block (`norm_first`); its perceptron has no gate.
     """
 
     model_type: str
@@ -46,7 +49,8 @@ class DecoderConfig:
     tied: bool
     scale: float
     windows: tuple[int | None, ...]
-    ropes: tuple[Rope, ...]
+    ropes: tuple[Rope | None, ...]
+    word_dim: int
     qkv_bias: bool = False
     out_bias: bool = False
     mlp_bias: bool = False
@@ -56,6 +60,11 @@ class DecoderConfig:
     embedding_scale: float = 1.0
     score_cap: float | None = None
     logit_cap: float | None = None
+    gated: bool = True
+    norm_mean: bool = False
+    norm_affine: bool = True
+    norm_first: bool = True
+    norm_last: bool = True
 
     @classmethod
     def read(cls, folder: Path) -> DecoderConfig:
@@ -69,14 +78,16 @@ class DecoderConfig:
             if raw.get(name):
                 raise EncoderError(f"{path}: {name} is not computed here; use a plain checkpoint of the same model")
         try:
-            config = _read(path, raw)
+            config = _read_opt(path, raw) if kind == "opt" else _read(path, raw)
         except KeyError as error:
             raise EncoderError(f"{path}: lacks {error}; fetch the model again") from error
         if config.activation not in ACTIVATIONS:
             raise EncoderError(f"{path}: activation {config.activation!r} is not one of {', '.join(ACTIVATIONS)}")
         if config.heads % config.kv_heads:
             raise EncoderError(f"{path}: {config.kv_heads} key-value heads do not divide {config.heads} heads")
-        if config.head_dim % 2:
+        if kind == "opt" and config.head_dim * config.heads != config.dim:
+            raise EncoderError(f"{path}: {config.heads} heads do not divide {config.dim} dimensions")
+        if kind != "opt" and config.head_dim % 2:
             raise EncoderError(f"{path}: heads of {config.head_dim} dimensions have no halves to rotate")
         return config
 
@@ -97,6 +108,7 @@ def _read(path: Path, raw: dict[str, Any]) -> DecoderConfig:
         vocabulary=raw["vocab_size"],
         positions=raw["max_position_embeddings"],
         dim=dim,
+        word_dim=dim,
         hidden=raw["intermediate_size"],
         heads=heads,
         kv_heads=raw.get("num_key_value_heads") or heads,
@@ -117,6 +129,38 @@ def _read(path: Path, raw: dict[str, Any]) -> DecoderConfig:
         embedding_scale=dim**0.5 if gemma else 1.0,
         score_cap=raw.get("attn_logit_softcapping", 50.0) if kind == "gemma2" else None,
         logit_cap=raw.get("final_logit_softcapping", LOGIT_CAPS[kind]) if gemma else None,
+    )
+
+
+def _read_opt(path: Path, raw: dict[str, Any]) -> DecoderConfig:
+    layers, heads, dim = raw["num_hidden_layers"], raw["num_attention_heads"], raw["hidden_size"]
+    bias = _flag(path, raw, "enable_bias", True)
+    first = _flag(path, raw, "do_layer_norm_before", True)
+    return DecoderConfig(
+        model_type="opt",
+        vocabulary=raw["vocab_size"],
+        positions=raw["max_position_embeddings"],
+        dim=dim,
+        word_dim=raw.get("word_embed_proj_dim") or dim,
+        hidden=raw["ffn_dim"],
+        heads=heads,
+        kv_heads=heads,
+        head_dim=dim // heads,
+        layers=layers,
+        activation=raw["activation_function"],
+        epsilon=1e-5,  # fixed in the reference, not configured
+        tied=_flag(path, raw, "tie_word_embeddings", True),
+        scale=(dim // heads) ** -0.5,
+        windows=(None,) * layers,
+        ropes=(None,) * layers,
+        qkv_bias=bias,
+        out_bias=bias,
+        mlp_bias=bias,
+        gated=False,
+        norm_mean=True,
+        norm_affine=_flag(path, raw, "layer_norm_elementwise_affine", True),
+        norm_first=first,
+        norm_last=first and not _flag(path, raw, "_remove_final_layer_norm"),
     )
 
 

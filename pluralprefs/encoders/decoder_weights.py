@@ -13,7 +13,7 @@ from jax.sharding import Mesh, PartitionSpec
 
 from pluralprefs.encoders.checkpoint import Tensors, fill, stored_name
 from pluralprefs.encoders.decoder import Decoder
-from pluralprefs.encoders.decoder_config import DecoderConfig
+from pluralprefs.encoders.decoder_config import MODEL_TYPES, DecoderConfig
 from pluralprefs.encoders.weights import EncoderError
 from pluralprefs.sharding import Rules
 
@@ -39,6 +39,24 @@ GEMMA_NAMES = LLAMA_NAMES | {
     "layers.{}.mlp_norm": "layers.{}.pre_feedforward_layernorm",
     "layers.{}.mlp_after": "layers.{}.post_feedforward_layernorm",
 }
+OPT_NAMES = {
+    "words": "embed_tokens",
+    "positions": "embed_positions",
+    "project_in": "project_in",
+    "project_out": "project_out",
+    "norm": "final_layer_norm",
+    "head": "lm_head",
+    "layers.{}.query": "layers.{}.self_attn.q_proj",
+    "layers.{}.key": "layers.{}.self_attn.k_proj",
+    "layers.{}.value": "layers.{}.self_attn.v_proj",
+    "layers.{}.out": "layers.{}.self_attn.out_proj",
+    "layers.{}.up": "layers.{}.fc1",
+    "layers.{}.down": "layers.{}.fc2",
+    "layers.{}.attention_norm": "layers.{}.self_attn_layer_norm",
+    "layers.{}.mlp_norm": "layers.{}.final_layer_norm",
+}
+NAMES: dict[str, dict[str, str]] = dict.fromkeys(MODEL_TYPES, LLAMA_NAMES)
+NAMES |= {"gemma2": GEMMA_NAMES, "gemma3_text": GEMMA_NAMES, "opt": OPT_NAMES}
 # Heads and hidden units are split over `tensor`, the model's dimension over `fsdp`: a product that ends a block is
 # summed over `tensor` once, and weights are gathered from `fsdp` layer by layer.
 DECODER_RULES: Rules = (
@@ -74,7 +92,7 @@ def read_decoder(
     config = DecoderConfig.read(folder)
     model = nnx.eval_shape(lambda: Decoder(config, head=head, dtype=dtype, rngs=nnx.Rngs(0)))
     graphdef, state = nnx.split(model)
-    shapes, names = nnx.to_pure_dict(state), GEMMA_NAMES if config.blocks_normed else LLAMA_NAMES
+    shapes, names = nnx.to_pure_dict(state), NAMES[config.model_type]
     with Tensors(folder, _plain_name) as tensors:
         _check_all_used(tensors, shapes, names)
         return Loaded(config, graphdef, fill(tensors, shapes, names, mesh=mesh, rules=rules))
@@ -82,13 +100,13 @@ def read_decoder(
 
 def _plain_name(name: str) -> str:
     """Drop the prefix of a task model's backbone."""
-    return re.sub(r"^model\.", "", name)
+    return re.sub(r"^(model\.)?(decoder\.)?", "", name)
 
 
 def _check_all_used(tensors: Tensors, shapes: Any, names: dict[str, str]) -> None:
     """Weights of the backbone that nothing here reads would be left out of the computation: refuse them."""
     read = {stored_name(path, names) for path, _ in jax.tree_util.tree_leaves_with_path(shapes)}
-    own = {name for name in tensors.names if re.match(r"layers\.|embed_|norm\.", name)}
+    own = {name for name in tensors.names if re.match(r"layers\.|embed_|project_|norm\.|final_layer_norm\.", name)}
     left = sorted(name for name in own - read if not name.endswith("rotary_emb.inv_freq"))
     if left:
         raise EncoderError(f"{tensors.folder}: the weights hold {left[0]}, which config.json does not announce")

@@ -1,0 +1,71 @@
+"""Which tokens see which, and attention itself: causal, within a token's own sequence, perhaps within a window."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+
+class Places(NamedTuple):
+    """Where every token stands: in which sequence of its row (`run`), where in it, and how long that is."""
+
+    position: Int[Array, "batch length"]
+    run: Int[Array, "batch length"]
+    longest: Int[Array, "batch length"]
+
+
+def locate(mask: Bool[Array, "batch length"], segment: Int[Array, "batch length"]) -> Places:
+    """Count positions along the mask, anew wherever the segment changes.
+
+    A sequence stands in one piece: padding is before, behind or between sequences, not within one.
+    """
+    count = jnp.cumsum(mask, axis=1) - 1
+    before = jnp.pad(segment[:, :-1], ((0, 0), (1, 0)))
+    begins = mask & ((segment != before) | (count == 0))
+    start = jax.lax.cummax(jnp.where(begins, count, 0), axis=1)
+    total = count[:, -1:] + 1
+    following = jnp.concatenate([jnp.where(begins, count, total)[:, 1:], total], axis=1)
+    longest = jax.lax.cummin(following, axis=1, reverse=True) - start
+    return Places(jnp.maximum(count - start, 0), jnp.cumsum(begins, axis=1), longest)
+
+
+def visible(
+    query: Places, key: Places, mask: Bool[Array, "batch keys"], window: int | None
+) -> Bool[Array, "batch 1 length keys"]:
+    """Which keys a query sees: real tokens of its own sequence, up to itself, the last `window` of them."""
+    distance = query.position[:, :, None] - key.position[:, None, :]
+    seen = mask[:, None, :] & (query.run[:, :, None] == key.run[:, None, :]) & (distance >= 0)
+    return (seen if window is None else seen & (distance < window))[:, None]
+
+
+def attention(
+    query: Float[Array, "batch length heads dim"],
+    key: Float[Array, "batch keys kv_heads dim"],
+    value: Float[Array, "batch keys kv_heads dim"],
+    seen: Bool[Array, "batch 1 length keys"],
+    *,
+    scale: float,
+    cap: float | None = None,
+) -> Float[Array, "batch length heads dim"]:
+    """Softmax attention with shared keys and values. A query that sees nothing (padding) has a finite result.
+
+    `jax.nn.dot_product_attention` computes it, save where scores are capped: it has no place for a function between
+    the product and the mask.
+    """
+    with jax.default_matmul_precision("highest" if query.dtype == jnp.float32 else "default"):
+        if cap is None:
+            return jax.nn.dot_product_attention(query, key, value, mask=seen, scale=scale)
+        batch, length, heads, dim = query.shape
+        grouped = query.reshape(batch, length, key.shape[2], -1, dim)
+        scores = jnp.einsum("bqkgd,bskd->bkgqs", grouped, key, preferred_element_type=jnp.float32) * scale
+        scores = jnp.where(seen[:, :, None], cap_softly(scores, cap), jnp.finfo(scores.dtype).min)
+        weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
+        return jnp.einsum("bkgqs,bskd->bqkgd", weights, value).reshape(batch, length, heads, dim)
+
+
+def cap_softly(x: Float[Array, "*batch"], cap: float | None) -> Float[Array, "*batch"]:
+    """cap * tanh(x / cap): x itself where it is small, never beyond the cap."""
+    return x if cap is None else cap * jnp.tanh(x / cap)
