@@ -17,6 +17,7 @@ from record_decoders import FIXTURES, KINDS, example_tokens, padded_reference, r
 from safetensors.numpy import load_file, save_file
 
 from pluralprefs.encoders.checkpoint import Tensors
+from pluralprefs.encoders.decoder import REMAT
 from pluralprefs.encoders.decoder_config import DecoderConfig
 from pluralprefs.encoders.decoder_weights import Loaded, read_decoder
 from pluralprefs.encoders.weights import EncoderError
@@ -38,6 +39,12 @@ def with_torch(test):
     return test
 
 
+def tokens_of(arrays: dict[str, np.ndarray]) -> Tokens:
+    ids, mask = (jnp.asarray(arrays[name]) for name in ("ids", "mask"))
+    segment = jnp.asarray(arrays["segment"]) if "segment" in arrays else jnp.zeros_like(ids)
+    return Tokens(ids, mask, segment, jnp.zeros(len(ids), jnp.int32))
+
+
 def run(graphdef, params, tokens):
     model = nnx.merge(graphdef, params)
     hidden = model(tokens)
@@ -47,9 +54,7 @@ def run(graphdef, params, tokens):
 # Without jit, variants share operations, each of which is compiled once.
 def states(loaded: Loaded, arrays: dict[str, np.ndarray], run=run) -> dict[str, np.ndarray]:
     """Hidden states and logits, 0 at padding."""
-    ids, mask = (jnp.asarray(arrays[name]) for name in ("ids", "mask"))
-    segment = jnp.asarray(arrays.get("segment", np.zeros(mask.shape, np.int32)))
-    found = run(loaded.graphdef, loaded.params, Tokens(ids, mask, segment, jnp.zeros(len(ids), jnp.int32)))
+    found = run(loaded.graphdef, loaded.params, tokens_of(arrays))
     return {
         name: np.where(arrays["mask"][:, :, None], value, 0)
         for name, value in zip(("hidden", "logits"), found, strict=True)
@@ -176,6 +181,88 @@ def test_side_and_length_of_padding_and_the_batch_change_nothing(kind):
     for name in ("hidden", "logits"):
         assert np.isfinite(moved[name]).all()
         np.testing.assert_allclose(moved[name][2:7, 3:15][::-1], arrays[name], atol=1e-4)
+
+
+def pack(arrays: dict[str, np.ndarray]) -> tuple[dict[str, np.ndarray], list[tuple[int, slice]]]:
+    """The rows of the example one after the other in fewer rows, and where each went."""
+    lengths = arrays["mask"].sum(1)
+    packed = {name: np.zeros_like(arrays["ids"]) for name in ("ids", "segment")}
+    packed["mask"] = np.zeros_like(arrays["mask"])
+    places, at, row = [], 0, 0
+    for number, length in enumerate(lengths):
+        row, at = (row + 1, 0) if at + length > packed["ids"].shape[1] else (row, at)
+        span = slice(at, at + length)
+        packed["ids"][row, span] = arrays["ids"][number, :length]
+        packed["segment"][row, span], packed["mask"][row, span] = number + 1, True
+        places.append((row, span))
+        at += length
+    return packed, places
+
+
+def assert_packing_changes_nothing(loaded: Loaded, arrays: dict[str, np.ndarray]) -> None:
+    packed, places = pack(arrays)
+    assert len({row for row, _ in places}) < len(places)
+    apart, together = states(loaded, arrays), states(loaded, packed)
+    for name in ("hidden", "logits"):
+        for number, (row, span) in enumerate(places):
+            expected = apart[name][number, : span.stop - span.start]
+            np.testing.assert_allclose(together[name][row, span], expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_packed_sequences_equal_separate_ones(kind):
+    assert_packing_changes_nothing(read_decoder(FIXTURES / kind, head=True), recorded(kind))
+
+
+def test_packed_sequences_are_scaled_by_their_own_length(tmp_path):
+    rope = {"rope_type": "dynamic", "rope_theta": 77.0, "factor": 4.0}
+    folder = copy("llama", tmp_path / "model", rope_parameters=rope, max_position_embeddings=5)
+    assert_packing_changes_nothing(read_decoder(folder, head=True), recorded("llama"))
+
+
+# --- precision and memory
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma2", "opt"])
+def test_bfloat16_stays_near_float32(kind):
+    arrays, loaded = recorded(kind), read_decoder(FIXTURES / kind, head=True, dtype=jnp.bfloat16)
+    assert {leaf.dtype for leaf in jax.tree.leaves(loaded.params)} == {jnp.dtype("float32")}
+    found = states(loaded, arrays)
+    assert (found["hidden"].dtype, found["logits"].dtype) == (jnp.bfloat16, np.float32)
+    for name in ("hidden", "logits"):
+        error = np.abs(found[name].astype(np.float32) - arrays[name])
+        assert 1e-4 < error.max() < 0.05 * np.abs(arrays[name]).max()
+
+
+def loss_of(**options):
+    loaded = read_decoder(FIXTURES / "gemma2", head=True, **options)
+    arrays = recorded("gemma2")
+    tokens = tokens_of(arrays)
+    real = jnp.asarray(arrays["mask"])[:, :, None]
+
+    def loss(params):
+        return jnp.sum(jnp.where(real, jnp.sin(nnx.merge(loaded.graphdef, params)(tokens)), 0.0))
+
+    return loss, loaded.params
+
+
+def test_remat_changes_memory_and_not_the_gradient():
+    (kept, params), (again, _) = loss_of(), loss_of(remat="dots_saveable")
+    a, b = jax.jit(lambda params: (jax.grad(kept)(params), jax.grad(again)(params)))(params)
+    for first, second in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        np.testing.assert_allclose(first, second, rtol=1e-4, atol=1e-4)
+    assert max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(a)) > 0.1
+
+
+def test_a_remat_policy_decides_what_is_kept():
+    saved = {}
+    for remat in (None, *REMAT):
+        loss, params = loss_of(remat=remat)
+        _, backward = jax.eval_shape(lambda params, loss=loss: jax.vjp(loss, params), params)
+        saved[remat] = sum(leaf.size for leaf in jax.tree.leaves(backward))
+    assert saved["nothing_saveable"] < saved["dots_with_no_batch_dims_saveable"] <= saved["dots_saveable"] < saved[None]
+    with pytest.raises(EncoderError, match="remat 'all' is not one of nothing_saveable"):
+        read_decoder(FIXTURES / "gemma2", remat="all")
 
 
 # --- placement

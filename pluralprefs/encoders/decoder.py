@@ -12,7 +12,7 @@ changes where the next one begins. Positions are counted along the mask and rest
 sees its own sequence alone.
 
 Parameters are float32; a lower `dtype` is that of the products, while statistics of norms, rotations, the softmax and
-the head stay in float32.
+the head stay in float32. `remat` says what of a layer is kept for the gradient; the rest is computed again.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from pluralprefs.encoders.rope import rotate, turn
 from pluralprefs.types import Tokens
 
 Turns = tuple[Float[Array, "batch length planes"], Float[Array, "batch length planes"]]
+REMAT = ("nothing_saveable", "dots_saveable", "dots_with_no_batch_dims_saveable")
 OPT_OFFSET = 2  # the first rows of OPT's position table are of padding
 
 
@@ -109,7 +110,7 @@ class Layer(nnx.Module):
 class Decoder(nnx.Module):
     """Token ids to the hidden states behind the last norm, and from those to logits where it has a head."""
 
-    def __init__(self, config: DecoderConfig, *, head: bool, dtype: Any, rngs: nnx.Rngs):
+    def __init__(self, config: DecoderConfig, *, head: bool, dtype: Any, remat: str | None, rngs: nnx.Rngs):
         linear, projected = _linear(dtype, rngs), config.word_dim != config.dim
         self.words = nnx.Embed(config.vocabulary, config.word_dim, rngs=rngs)
         self.project_in = linear(config.word_dim, config.dim, False) if projected else None
@@ -121,7 +122,7 @@ class Decoder(nnx.Module):
         # The head is of float32 whatever the rest is: differences of logits are small beside logits.
         untied = head and not config.tied
         self.head = _linear(jnp.float32, rngs)(config.word_dim, config.vocabulary, False) if untied else None
-        self.config, self.dtype = config, dtype
+        self.config, self.dtype, self.remat = config, dtype, remat
 
     def __call__(self, tokens: Tokens) -> Float[Array, "batch length dim"]:
         """Hidden states in the compute type; those of padding are meaningless."""
@@ -130,8 +131,11 @@ class Decoder(nnx.Module):
         x = self.embed(jnp.asarray(tokens.ids), places)
         turns = {rope: rope and turn(rope, places.position, places.longest) for rope in set(self.config.ropes)}
         seen = {window: visible(places, places, mask, window) for window in set(self.config.windows)}
+        step = Layer.__call__
+        if self.remat is not None:
+            step = nnx.remat(step, policy=getattr(jax.checkpoint_policies, self.remat))
         for layer, rope, window in zip(self.layers, self.config.ropes, self.config.windows, strict=True):
-            x = layer(x, turns[rope], seen[window])
+            x = step(layer, x, turns[rope], seen[window])
         x = x if self.norm is None else self.norm(x)
         return x if self.project_out is None else self.project_out(x)
 

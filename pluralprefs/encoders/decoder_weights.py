@@ -12,7 +12,7 @@ from flax import nnx
 from jax.sharding import Mesh, PartitionSpec
 
 from pluralprefs.encoders.checkpoint import Tensors, fill, stored_name
-from pluralprefs.encoders.decoder import Decoder
+from pluralprefs.encoders.decoder import REMAT, Decoder
 from pluralprefs.encoders.decoder_config import MODEL_TYPES, DecoderConfig
 from pluralprefs.encoders.weights import EncoderError
 from pluralprefs.sharding import Rules
@@ -81,16 +81,20 @@ def read_decoder(
     *,
     head: bool = False,
     dtype: Any = jnp.float32,
+    remat: str | None = None,
     mesh: Mesh | None = None,
     rules: Rules = DECODER_RULES,
 ) -> Loaded:
     """Read config.json and safetensors of a folder, onto `mesh` by `rules` where one is given.
 
-    `head` reads the language model's head too, which reward models lack. Raises EncoderError for a model that is not
+    `head` reads the language model's head too, which reward models lack; `dtype` is that of the products; `remat` is
+    one of `decoder.REMAT`, or None to keep everything for the gradient. Raises EncoderError for a model that is not
     computed exactly, and for weights that config.json does not announce.
     """
     config = DecoderConfig.read(folder)
-    model = nnx.eval_shape(lambda: Decoder(config, head=head, dtype=dtype, rngs=nnx.Rngs(0)))
+    if remat not in (None, *REMAT):
+        raise EncoderError(f"remat {remat!r} is not one of {', '.join(REMAT)}, or None")
+    model = nnx.eval_shape(lambda: Decoder(config, head=head, dtype=dtype, remat=remat, rngs=nnx.Rngs(0)))
     graphdef, state = nnx.split(model)
     shapes, names = nnx.to_pure_dict(state), NAMES[config.model_type]
     with Tensors(folder, _plain_name) as tensors:
