@@ -106,6 +106,16 @@ def padded_reference(model: Any, tokens: dict[str, np.ndarray]) -> dict[str, np.
     return {"hidden": np.where(real, hidden, 0), "logits": np.where(real, logits, 0)}
 
 
+def greedy(model: Any, tokens: dict[str, np.ndarray], new: int = 10) -> np.ndarray:
+    """The continuation by transformers' own generation; rows that ended are filled with 0."""
+    import torch
+
+    ids, mask = (torch.tensor(tokens[name]).long() for name in ("ids", "mask"))
+    found = model.generate(ids, attention_mask=mask, max_new_tokens=new, do_sample=False, pad_token_id=0)
+    found = found[:, ids.shape[1] :].numpy()
+    return np.pad(found, ((0, 0), (0, new - found.shape[1]))).astype(np.int32)
+
+
 def main() -> None:
     for kind in KINDS:
         folder = FIXTURES / kind
@@ -113,7 +123,9 @@ def main() -> None:
         model.save_pretrained(folder)
         (folder / "generation_config.json").unlink()
         tokens = example_tokens()
-        np.savez_compressed(FIXTURES / f"{kind}.npz", **tokens, **reference(model, tokens))
+        np.savez_compressed(
+            FIXTURES / f"{kind}.npz", **tokens, **reference(model, tokens), greedy=greedy(model, example_tokens("left"))
+        )
 
 
 if __name__ == "__main__":

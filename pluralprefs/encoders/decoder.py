@@ -21,16 +21,17 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
-from jaxtyping import Array, Bool, Float, Int
+from flax import nnx, struct
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from pluralprefs.encoders.attention import Places, attention, cap_softly, locate, visible
 from pluralprefs.encoders.decoder_config import DecoderConfig
 from pluralprefs.encoders.layers import ACTIVATIONS, precision
 from pluralprefs.encoders.rope import rotate, turn
-from pluralprefs.types import Tokens
+from pluralprefs.types import Replaceable, Tokens
 
 Turns = tuple[Float[Array, "batch length planes"], Float[Array, "batch length planes"]]
+Kept = tuple[Float[Array, "batch size kv_heads head_dim"], Float[Array, "batch size kv_heads head_dim"]]
 REMAT = ("nothing_saveable", "dots_saveable", "dots_with_no_batch_dims_saveable")
 OPT_OFFSET = 2  # the first rows of OPT's position table are of padding
 
@@ -58,6 +59,16 @@ class Norm(nnx.Module):
         return wide.astype(x.dtype)
 
 
+@struct.dataclass
+class Memory(Replaceable):
+    """Keys and values of the tokens so far, a pair a layer, of a fixed size; `filled` tells how much is written."""
+
+    layers: tuple[Kept, ...]
+    places: Places
+    mask: Bool[Array, "batch size"]
+    filled: Int[Array, ""]
+
+
 class Layer(nnx.Module):
     """Self-attention and a perceptron, each on the normalised residual stream."""
 
@@ -78,28 +89,41 @@ class Layer(nnx.Module):
         self.config = config
 
     def __call__(
-        self, x: Float[Array, "batch length dim"], turns: Turns | None, seen: Bool[Array, "batch 1 length length"]
-    ) -> Float[Array, "batch length dim"]:
+        self,
+        x: Float[Array, "batch length dim"],
+        turns: Turns | None,
+        seen: Bool[Array, "batch 1 length keys"],
+        past: tuple[Kept, Int[Array, ""]] | None = None,
+    ) -> tuple[Float[Array, "batch length dim"], Kept | None]:
+        """The layer's output, and what `past` kept with the new keys and values written from where it ended."""
+        added, kept = self.attend(self.attention_norm(x) if self.config.norm_first else x, turns, seen, past)
         if not self.config.norm_first:
-            x = self.attention_norm(x + self.attend(x, turns, seen))
-            return self.mlp_norm(x + self.perceive(x))
-        added = self.attend(self.attention_norm(x), turns, seen)
+            x = self.attention_norm(x + added)
+            return self.mlp_norm(x + self.perceive(x)), kept
         x = x + (added if self.attention_after is None else self.attention_after(added))
         added = self.perceive(self.mlp_norm(x))
-        return x + (added if self.mlp_after is None else self.mlp_after(added))
+        return x + (added if self.mlp_after is None else self.mlp_after(added)), kept
 
     def attend(
-        self, x: Float[Array, "batch length dim"], turns: Turns | None, seen: Bool[Array, "batch 1 length length"]
-    ) -> Float[Array, "batch length dim"]:
-        """Every token attends to the tokens that `seen` gives it."""
+        self,
+        x: Float[Array, "batch length dim"],
+        turns: Turns | None,
+        seen: Bool[Array, "batch 1 length keys"],
+        past: tuple[Kept, Int[Array, ""]] | None,
+    ) -> tuple[Float[Array, "batch length dim"], Kept | None]:
+        """Every token attends to the tokens that `seen` gives it, of this call or of the past."""
         split = (*x.shape[:2], -1, self.config.head_dim)
         query, key, value = (project(x).reshape(split) for project in (self.query, self.key, self.value))
         if self.query_norm is not None and self.key_norm is not None:
             query, key = self.query_norm(query), self.key_norm(key)
         if turns is not None:
             query, key = rotate(query, *turns), rotate(key, *turns)
+        kept = None
+        if past is not None:
+            (keys, values), filled = past
+            kept = key, value = write(keys, key, filled), write(values, value, filled)
         mixed = attention(query, key, value, seen, scale=self.config.scale, cap=self.config.score_cap)
-        return self.out(mixed.reshape(*x.shape[:2], -1))
+        return self.out(mixed.reshape(*x.shape[:2], -1)), kept
 
     def perceive(self, x: Float[Array, "batch length dim"]) -> Float[Array, "batch length dim"]:
         """The perceptron."""
@@ -128,16 +152,46 @@ class Decoder(nnx.Module):
         """Hidden states in the compute type; those of padding are meaningless."""
         mask = jnp.asarray(tokens.mask)
         places = locate(mask, jnp.asarray(tokens.segment))
-        x = self.embed(jnp.asarray(tokens.ids), places)
+        return self.through(jnp.asarray(tokens.ids), places, places, mask)[0]
+
+    def remember(self, batch: int, size: int) -> Memory:
+        """An empty memory for `size` tokens a row."""
+        empty = jnp.zeros((batch, size, self.config.kv_heads, self.config.head_dim), self.dtype)
+        nowhere = Places(*(jnp.zeros((batch, size), jnp.int32) for _ in Places._fields))
+        layers = tuple((empty, empty) for _ in self.layers)
+        return Memory(layers, nowhere, jnp.zeros((batch, size), bool), jnp.int32(0))
+
+    def extend(
+        self, ids: Int[Array, "batch length"], places: Places, mask: Bool[Array, "batch length"], memory: Memory
+    ) -> tuple[Float[Array, "batch length dim"], Memory]:
+        """Hidden states of tokens that follow those in memory, and the memory with them; it must have room."""
+        known = Places(*(write(old, new, memory.filled) for old, new in zip(memory.places, places, strict=True)))
+        real = write(memory.mask, mask, memory.filled)
+        hidden, layers = self.through(ids, places, known, real, memory)
+        return hidden, Memory(layers, known, real, memory.filled + ids.shape[1])
+
+    def through(
+        self,
+        ids: Int[Array, "batch length"],
+        places: Places,
+        known: Places,
+        mask: Bool[Array, "batch keys"],
+        memory: Memory | None = None,
+    ) -> tuple[Float[Array, "batch length dim"], tuple[Any, ...]]:
+        """Hidden states of `ids` at `places`, which see the `known` places that `mask` marks; and what layers keep."""
+        x = self.embed(ids, places)
         turns = {rope: rope and turn(rope, places.position, places.longest) for rope in set(self.config.ropes)}
-        seen = {window: visible(places, places, mask, window) for window in set(self.config.windows)}
+        seen = {window: visible(places, known, mask, window) for window in set(self.config.windows)}
         step = Layer.__call__
-        if self.remat is not None:
+        if self.remat is not None and memory is None:
             step = nnx.remat(step, policy=getattr(jax.checkpoint_policies, self.remat))
-        for layer, rope, window in zip(self.layers, self.config.ropes, self.config.windows, strict=True):
-            x = step(layer, x, turns[rope], seen[window])
+        kept = []
+        for at, layer in enumerate(self.layers):
+            past = None if memory is None else (memory.layers[at], memory.filled)
+            x, new = step(layer, x, turns[self.config.ropes[at]], seen[self.config.windows[at]], past)
+            kept.append(new)
         x = x if self.norm is None else self.norm(x)
-        return x if self.project_out is None else self.project_out(x)
+        return x if self.project_out is None else self.project_out(x), tuple(kept)
 
     def embed(self, ids: Int[Array, "batch length"], places: Places) -> Float[Array, "batch length dim"]:
         """Embeddings in the compute type. An id outside the vocabulary, or a place beyond OPT's, gives NaN."""
@@ -156,6 +210,13 @@ class Decoder(nnx.Module):
         else:
             raise ValueError("this decoder was loaded without its head; load it with head=True")
         return cap_softly(logits, self.config.logit_cap)
+
+
+def write(
+    old: Shaped[Array, "batch size *rest"], new: Shaped[Array, "batch length *rest"], start: Int[Array, ""]
+) -> Shaped[Array, "batch size *rest"]:
+    """`old` with `new` in the columns from `start` on."""
+    return jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), start, axis=1)
 
 
 def _linear(dtype: Any, rngs: nnx.Rngs) -> Any:
