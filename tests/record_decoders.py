@@ -16,6 +16,7 @@ import numpy as np
 
 FIXTURES = Path(__file__).parent / "fixtures" / "decoder"
 VOCABULARY, LENGTH = 48, 12
+WORDS = ["<unk>", "<s>", "</s>", "\n", *"abcdefgh", "user", "assistant", ":", "tea", "or", "coffee", "?", "good"]
 SIZES: dict[str, Any] = {
     "vocab_size": VOCABULARY,
     "hidden_size": 16,
@@ -61,6 +62,22 @@ def tiny_decoder(kind: str, *, seed: int = 7, **changes: Any) -> Any:
         for parameter in model.parameters():
             parameter.add_(0.2 * torch.randn_like(parameter))
     return model
+
+
+def save_tokenizer(folder: Path, **options: Any) -> None:
+    """A tokenizer of whole words that opens every text with <s>, as Llama's does."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.WordLevel({word: at for at, word in enumerate(WORDS)}, unk_token="<unk>"))
+    # Spaces divide words and are dropped; a line break is a word.
+    divide = [("removed", " "), ("isolated", "\n")]
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(sign, how) for how, sign in divide])
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", pair="<s> $A <s> $B:1", special_tokens=[("<s>", 1)]
+    )
+    names = {"pad_token": "</s>", "eos_token": "</s>", "bos_token": "<s>", "unk_token": "<unk>"}
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names, **options).save_pretrained(folder)
 
 
 def example_tokens(side: str = "right", length: int = LENGTH) -> dict[str, np.ndarray]:

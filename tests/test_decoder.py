@@ -1,10 +1,11 @@
-"""Decoders against transformers, and what must not change a result: padding, placement, how many files."""
+"""Decoders against transformers, and what must not change a result: padding, packing, placement, number of files."""
 
 from __future__ import annotations
 
 import json
 import os
 import shutil
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -52,13 +53,19 @@ def run(graphdef, params, tokens):
 
 
 # Without jit, variants share operations, each of which is compiled once.
-def states(loaded: Loaded, arrays: dict[str, np.ndarray], run=run) -> dict[str, np.ndarray]:
-    """Hidden states and logits, 0 at padding."""
-    found = run(loaded.graphdef, loaded.params, tokens_of(arrays))
-    return {
-        name: np.where(arrays["mask"][:, :, None], value, 0)
-        for name, value in zip(("hidden", "logits"), found, strict=True)
-    }
+def states(loaded: Loaded, arrays: dict[str, np.ndarray], run=run, put=jnp.asarray) -> dict[str, np.ndarray]:
+    """Hidden states and logits, 0 at padding; the rows stand in a larger batch of garbage, with padding all around."""
+    rows, length = arrays["ids"].shape
+    inner = (slice(2, 2 + rows), slice(3, 3 + length))
+    nothing = np.zeros((8, 17), np.int32)
+    canvas = {"ids": nothing + 5, "mask": nothing > 0, "segment": nothing.copy()}
+    for name in canvas.keys() & arrays.keys():
+        canvas[name][inner] = arrays[name]
+    tokens = Tokens(**{name: put(value) for name, value in canvas.items()}, prompt_end=put(np.zeros(8, np.int32)))
+    found = run(loaded.graphdef, loaded.params, tokens)
+    assert all(np.isfinite(value.astype(np.float32)).all() for value in found)
+    real = arrays["mask"][:, :, None]
+    return {name: np.where(real, value[inner], 0) for name, value in zip(("hidden", "logits"), found, strict=True)}
 
 
 def assert_equal(found: dict[str, np.ndarray], expected: dict[str, np.ndarray], atol: float = 1e-4) -> None:
@@ -75,7 +82,7 @@ def recorded(kind: str) -> dict[str, np.ndarray]:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_states_and_logits_equal_the_recorded_reference(kind):
+def test_states_and_logits_equal_the_recorded_reference_wherever_a_text_stands(kind):
     arrays = recorded(kind)
     assert_equal(states(read_decoder(FIXTURES / kind, head=True), arrays), arrays)
 
@@ -166,21 +173,7 @@ def test_every_rope_scaling_equals_transformers(name, more, tmp_path):
     assert np.abs(states(scaled, example_tokens())["hidden"] - unscaled).max() > 1e-2
 
 
-# --- invariance
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_side_and_length_of_padding_and_the_batch_change_nothing(kind):
-    arrays, loaded = recorded(kind), read_decoder(FIXTURES / kind, head=True)
-    real = arrays["mask"]
-    wide = np.zeros((8, 17), bool)
-    wide[2:7, 3:15] = real[::-1]
-    ids = np.full(wide.shape, 5, np.int32)
-    ids[wide] = arrays["ids"][::-1][real[::-1]]
-    moved = states(loaded, {"ids": ids, "mask": wide})
-    for name in ("hidden", "logits"):
-        assert np.isfinite(moved[name]).all()
-        np.testing.assert_allclose(moved[name][2:7, 3:15][::-1], arrays[name], atol=1e-4)
+# --- packing
 
 
 def pack(arrays: dict[str, np.ndarray]) -> tuple[dict[str, np.ndarray], list[tuple[int, slice]]]:
@@ -209,7 +202,7 @@ def assert_packing_changes_nothing(loaded: Loaded, arrays: dict[str, np.ndarray]
             np.testing.assert_allclose(together[name][row, span], expected, atol=1e-4)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["mistral", "gemma3_text", "opt"])
 def test_packed_sequences_equal_separate_ones(kind):
     assert_packing_changes_nothing(read_decoder(FIXTURES / kind, head=True), recorded(kind))
 
@@ -223,22 +216,24 @@ def test_packed_sequences_are_scaled_by_their_own_length(tmp_path):
 # --- precision and memory
 
 
-@pytest.mark.parametrize("kind", ["llama", "gemma2", "opt"])
+@pytest.mark.parametrize("kind", ["llama", "gemma2"])
 def test_bfloat16_stays_near_float32(kind):
     arrays, loaded = recorded(kind), read_decoder(FIXTURES / kind, head=True, dtype=jnp.bfloat16)
     assert {leaf.dtype for leaf in jax.tree.leaves(loaded.params)} == {jnp.dtype("float32")}
-    found = states(loaded, arrays)
+    found = states(loaded, arrays, jax.jit(run, static_argnums=0))
     assert (found["hidden"].dtype, found["logits"].dtype) == (jnp.bfloat16, np.float32)
     for name in ("hidden", "logits"):
         error = np.abs(found[name].astype(np.float32) - arrays[name])
         assert 1e-4 < error.max() < 0.05 * np.abs(arrays[name]).max()
 
 
-def loss_of(**options):
-    loaded = read_decoder(FIXTURES / "gemma2", head=True, **options)
-    arrays = recorded("gemma2")
+def loss_of(folder: Path = FIXTURES / "gemma2", **options):
+    """A loss of the hidden states, and the parameters."""
+    loaded, arrays = read_decoder(folder, head=True, **options), example_tokens("left")
+    # Padding on the left sees nothing, like a row without tokens: gradients must be finite all the same.
+    arrays["mask"][3] = False
     tokens = tokens_of(arrays)
-    real = jnp.asarray(arrays["mask"])[:, :, None]
+    real = tokens.mask[:, :, None]
 
     def loss(params):
         return jnp.sum(jnp.where(real, jnp.sin(nnx.merge(loaded.graphdef, params)(tokens)), 0.0))
@@ -246,12 +241,16 @@ def loss_of(**options):
     return loss, loaded.params
 
 
-def test_remat_changes_memory_and_not_the_gradient():
-    (kept, params), (again, _) = loss_of(), loss_of(remat="dots_saveable")
+def test_remat_does_not_change_the_gradient(tmp_path):
+    folder = copy("gemma2", tmp_path / "model", num_hidden_layers=1, layer_types=["sliding_attention"])
+    tensors = load_file(folder / "model.safetensors")
+    save_file({name: each for name, each in tensors.items() if "layers.1" not in name}, folder / "model.safetensors")
+    (kept, params), (again, _) = loss_of(folder), loss_of(folder, remat="dots_saveable")
     a, b = jax.jit(lambda params: (jax.grad(kept)(params), jax.grad(again)(params)))(params)
     for first, second in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        assert np.isfinite(first).all()
         np.testing.assert_allclose(first, second, rtol=1e-4, atol=1e-4)
-    assert max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(a)) > 0.1
+    assert max(np.abs(np.asarray(leaf)).max() for leaf in jax.tree.leaves(a)) > 0.1
 
 
 def test_a_remat_policy_decides_what_is_kept():
@@ -283,9 +282,8 @@ def test_eight_devices_equal_one_and_each_part_is_read_once(kind, monkeypatch):
     distinct = [len({str(index) for index in leaf.sharding.devices_indices_map(leaf.shape).values()})
                 for leaf in jax.tree.leaves(loaded.params)]  # fmt: skip
     assert len(read) == sum(distinct)
-    rows = np.arange(8) % len(arrays["ids"])
-    batch = {name: jax.device_put(arrays[name][rows], batch_sharding(mesh)) for name in ("ids", "mask")}
-    assert_equal(states(loaded, batch, jax.jit(run)), {name: value[rows] for name, value in arrays.items()})
+    put = partial(jax.device_put, device=batch_sharding(mesh))
+    assert_equal(states(loaded, arrays, jax.jit(run, static_argnums=0), put), arrays)
 
 
 # --- files

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from pluralprefs.encoders.attributes import AttributeEncoder
     from pluralprefs.encoders.bert import BertEncoder
+    from pluralprefs.encoders.causal import CausalEncoder
 
 __all__ = ["load"]
 
@@ -25,13 +26,16 @@ def load(
     prompt: bool = False,
     max_length: int | None = None,
     dtype: Any = "float32",
-) -> BertEncoder | AttributeEncoder:
+) -> BertEncoder | CausalEncoder | AttributeEncoder:
     """Load an encoder: "minilm", a folder, a Hugging Face id (`owner/name`) or "attributes".
 
+    The model's type (config.json) decides whether it is read as a BERT or as a decoder, whose embedding of a text is
+    the hidden state of the last token. `causal.CausalEncoder.load` takes what concerns decoders alone: a mesh, remat.
+
     `joint` embeds prompt and response together instead of the response alone; `prompt` adds an embedding of the prompt
-    to every item. `pooling` ("mean" or "cls") and `normalise` default to what the model was published with,
-    `max_length` (tokens) to 256 or the model's positions where it has fewer. The encoder of `attributes` comes back
-    without columns: call its `fit`. Raises `weights.EncoderError`.
+    to every item. `pooling` ("mean" or "cls"; of a decoder "last" or "mean") and `normalise` default to what the model
+    was published with, `max_length` (tokens) to 256 or the model's positions where it has fewer. The encoder of
+    `attributes` comes back without columns: call its `fit`. Raises `weights.EncoderError`.
     """
     if str(name) == "attributes":
         from pluralprefs.encoders.attributes import AttributeEncoder
@@ -40,14 +44,14 @@ def load(
     from pluralprefs.encoders import weights
 
     folder = weights.find(name)
-    from pluralprefs.encoders.bert import BertEncoder
+    from pluralprefs.encoders import bert, causal
 
-    return BertEncoder.load(
-        folder,
-        pooling=pooling,
-        normalise=normalise,
-        joint=joint,
-        prompt=prompt,
-        max_length=max_length,
-        dtype=dtype,
-    )
+    path = folder / "config.json"
+    kind = weights.read_json(path).get("model_type")
+    if kind not in (*bert.NAMES, *causal.MODEL_TYPES):
+        known = ", ".join((*bert.NAMES, *causal.MODEL_TYPES))
+        raise weights.EncoderError(f"{path}: model_type {kind!r} is not one of {known}")
+    options = {"pooling": pooling, "normalise": normalise, "joint": joint, "prompt": prompt, "max_length": max_length}
+    if kind in causal.MODEL_TYPES:
+        return causal.CausalEncoder.load(folder, **options, dtype=dtype)
+    return bert.BertEncoder.load(folder, **options, dtype=dtype)

@@ -1,4 +1,4 @@
-"""How the hidden states of a text become one vector: mean or first token, then the L2 norm where asked.
+"""How the hidden states of a text become one vector: mean, first or last token, then the L2 norm where asked.
 
 What belongs to a model is written in its sentence-transformers files (modules.json, 1_Pooling/config.json); what those
 files ask for and is not computed here is an error rather than an approximation.
@@ -6,6 +6,7 @@ files ask for and is not computed here is an error rather than an approximation.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -15,23 +16,31 @@ from jaxtyping import Array, Bool, Float
 
 from pluralprefs.encoders.weights import EncoderError, read_json
 
-Pooling = Literal["mean", "cls"]
+Pooling = Literal["mean", "cls", "last"]
 MODULES = {"Transformer", "Pooling", "Normalize"}
 
 
 def pool(
     hidden: Float[Array, "batch length dim"], mask: Bool[Array, "batch length"], pooling: Pooling
 ) -> Float[Array, "batch dim"]:
-    """One vector a text: the mean of the real tokens (special ones included), or the first real token."""
+    """One vector a text: the mean of the real tokens (special ones included), the first or the last real token."""
     if pooling == "cls":
         first = jnp.argmax(mask, axis=-1)
         return jnp.take_along_axis(hidden, first[:, None, None], axis=1)[:, 0]
+    if pooling == "last":
+        last = mask.shape[-1] - 1 - jnp.argmax(mask[:, ::-1], axis=-1)
+        return jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]
     total = jnp.sum(jnp.where(mask[:, :, None], hidden, 0.0), axis=1)
     return total / jnp.maximum(jnp.sum(mask, axis=1), 1)[:, None]
 
 
-def read_pooling(folder: Path, pooling: str | None) -> tuple[Pooling, bool]:
-    """Pooling and normalisation that a folder's sentence-transformers files ask for; `pooling` overrides the first."""
+def read_pooling(
+    folder: Path, pooling: str | None, allowed: Sequence[Pooling] = ("mean", "cls")
+) -> tuple[Pooling, bool]:
+    """Pooling and normalisation that a folder's sentence-transformers files ask for; `pooling` overrides the first.
+
+    The first of `allowed` is the default, and any other than those an EncoderError.
+    """
     modules = folder / "modules.json"
     kinds = [module["type"].rpartition(".")[2] for module in read_json(modules, list)] if modules.is_file() else []
     unknown = sorted(set(kinds) - MODULES)
@@ -41,11 +50,13 @@ def read_pooling(folder: Path, pooling: str | None) -> tuple[Pooling, bool]:
     if pooling is None and path.is_file():
         raw = read_json(path)
         modes = [key.removeprefix("pooling_mode_") for key, value in raw.items() if value is True and "mode" in key]
-        pooling = "+".join(modes or [str(raw.get("pooling_mode"))]).replace("_tokens", "").replace("_token", "")
-    pooling = pooling or "mean"
-    if pooling not in ("mean", "cls"):
-        raise EncoderError(f"{folder}: pooling {pooling!r} is not computed here; give pooling='mean' or 'cls'")
-    return pooling, "Normalize" in kinds
+        named = "+".join(modes or [str(raw.get("pooling_mode"))]).replace("_tokens", "").replace("_token", "")
+        pooling = named.replace("lasttoken", "last")
+    for each in allowed:
+        if each == (pooling or allowed[0]):
+            return each, "Normalize" in kinds
+    choices = " or ".join(map(repr, allowed))
+    raise EncoderError(f"{folder}: pooling {pooling!r} is not computed here; give pooling={choices}")
 
 
 def l2_normalise(embedding: Float[Array, "*batch dim"]) -> Float[Array, "*batch dim"]:

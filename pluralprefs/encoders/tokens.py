@@ -5,7 +5,8 @@ Training, evaluation, export and serving all come through `Renderer`, so a text 
 Rendering. Where the tokenizer has a chat template, a conversation is rendered by it once, and at most one BOS token
 remains. Elsewhere (the BERT family) prompt and response are the tokenizer's own pair of segments,
 `[CLS] prompt [SEP] response [SEP]`; a prompt or a response by itself, or a response whose prompt is empty, is one
-segment. A message list becomes text as follows: one message is its content; several are lines `role: content`.
+segment. A decoder without a template reads prompt, line break and response as one sequence. A message list becomes text
+as follows: one message is its content; several are lines `role: content`.
 
 Truncation. The prompt loses tokens from the LEFT, so that the response and the question just before it survive. Only
 a response that alone exceeds the budget is cut, on the right.
@@ -74,23 +75,30 @@ class Renderer:
     single: Frame = field(compare=False)
     pair: Frame = field(compare=False)
     template: bool
+    segments: int = 2
 
     @classmethod
-    def load(cls, folder: Path, *, max_length: int = 256) -> Renderer:
-        """Read the tokenizer of a model's folder. No code from the folder is run."""
+    def load(cls, folder: Path, *, max_length: int = 256, segments: int = 2) -> Renderer:
+        """Read the tokenizer of a model's folder. No code from the folder is run.
+
+        `segments` is 2 for models that tell prompt and response apart by segment, 1 for decoders.
+        """
         from transformers import AutoTokenizer
 
         files = [folder / name for name in TOKENIZER_FILES + TOKENIZER_SETTINGS if (folder / name).is_file()]
         if not any(file.name in TOKENIZER_FILES for file in files):
             raise EncoderError(f"{folder}: no tokenizer (tokenizer.json or vocab.txt); copy it beside config.json")
         tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+        single = _frame(tokenizer, "a")
+        line = tokenizer("\n", add_special_tokens=False)["input_ids"]
         renderer = cls(
             tokenizer=tokenizer,
             max_length=max_length,
             digest=digest(files),
-            single=_frame(tokenizer, "a"),
-            pair=_frame(tokenizer, "a", "a"),
+            single=single,
+            pair=_frame(tokenizer, "a", "a") if segments == 2 else single._replace(between=line),
             template=bool(getattr(tokenizer, "chat_template", None)),
+            segments=segments,
         )
         if max_length < renderer.pair.size + 2:
             raise EncoderError(f"max_length {max_length}: the special tokens alone take {renderer.pair.size}")
@@ -150,7 +158,7 @@ class Renderer:
         prompt, (before, between, after) = prompt[-room:], self.pair
         first, second = len(before) + len(prompt) + len(between), len(response) + len(after)
         ids = [*before, *prompt, *between, *response, *after]
-        return Rendered(ids, [0] * first + [1] * second, len(before) + len(prompt) - 1)
+        return Rendered(ids, [0] * first + [self.segments - 1] * second, len(before) + len(prompt) - 1)
 
     def _single(self, ids: list[int]) -> Rendered:
         ids = [*self.single.before, *ids, *self.single.after]

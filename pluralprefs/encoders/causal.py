@@ -1,0 +1,124 @@
+"""A decoder as an encoder: a text becomes the hidden state of its last real token, as reward models read it.
+
+The last token is found by the mask, never by the id of the padding token, which may equal that of the end of a text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+from flax import nnx, struct
+from jax.sharding import Mesh
+from jaxtyping import Array, Float
+
+from pluralprefs.encoders.decoder_config import MODEL_TYPES, DecoderConfig
+from pluralprefs.encoders.decoder_weights import DECODER_RULES, read_decoder
+from pluralprefs.encoders.pooling import Pooling, l2_normalise, pool, read_pooling
+from pluralprefs.encoders.tokens import Renderer
+from pluralprefs.encoders.weights import EncoderError, digest, weight_files
+from pluralprefs.sharding import Rules
+from pluralprefs.types import Item, Tokens
+
+__all__ = ["MODEL_TYPES", "CausalEncoder"]
+
+
+@struct.dataclass
+class CausalEncoder:
+    """Tokens -> Item with one embedding a text, jit-able and differentiable in `params`.
+
+    `joint` and `prompt` are as in `bert.BertEncoder`. Rows hold one text each: of a packed row only the last is read.
+    """
+
+    params: Mapping[str, Any]
+    graphdef: Any = struct.field(pytree_node=False)
+    renderer: Renderer = struct.field(pytree_node=False)
+    pooling: Pooling = struct.field(pytree_node=False)
+    normalise: bool = struct.field(pytree_node=False)
+    joint: bool = struct.field(pytree_node=False)
+    prompt: bool = struct.field(pytree_node=False)
+    dim: int = struct.field(pytree_node=False)
+    dtype: str = struct.field(pytree_node=False)
+    weights: str = struct.field(pytree_node=False)
+    model_type: str = struct.field(pytree_node=False)
+
+    @classmethod
+    def load(
+        cls,
+        folder: str | Path,
+        *,
+        pooling: str | None = None,
+        normalise: bool | None = None,
+        joint: bool = False,
+        prompt: bool = False,
+        max_length: int | None = None,
+        dtype: Any = jnp.float32,
+        head: bool = False,
+        remat: str | None = None,
+        mesh: Mesh | None = None,
+        rules: Rules = DECODER_RULES,
+    ) -> CausalEncoder:
+        """Read config.json, safetensors and tokenizer of a folder, onto `mesh` by `rules` where one is given.
+
+        `pooling` ("last" or "mean") and `normalise` default to what the folder's sentence-transformers files say, else
+        the last token and no normalisation; `max_length` to 256 tokens or, where it has fewer, the model's positions.
+        `head` reads the language model's head too, for `generate`; `remat` is one of `decoder.REMAT`. Raises
+        EncoderError for a folder or a model that it cannot read exactly.
+        """
+        folder = Path(folder)
+        config = DecoderConfig.read(folder)
+        found, normalised = read_pooling(folder, pooling, ("last", "mean"))
+        renderer = Renderer.load(folder, max_length=max_length or min(256, config.positions), segments=1)
+        _check_sizes(folder, config, renderer)
+        loaded = read_decoder(folder, head=head, dtype=dtype, remat=remat, mesh=mesh, rules=rules)
+        return cls(
+            params=loaded.params,
+            graphdef=loaded.graphdef,
+            renderer=renderer,
+            pooling=found,
+            normalise=normalised if normalise is None else normalise,
+            joint=joint,
+            prompt=prompt,
+            dim=config.word_dim,
+            dtype=jnp.dtype(dtype).name,
+            weights=digest([folder / "config.json", *weight_files(folder)]),
+            model_type=config.model_type,
+        )
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """All that decides the embedding of a text: the cache key, and an entry of run.json."""
+        return {
+            "encoder": self.model_type,
+            "weights": self.weights,
+            "tokenizer": self.renderer.digest,
+            "template": self.renderer.template,
+            "max_length": self.renderer.max_length,
+            "pooling": self.pooling,
+            "normalise": self.normalise,
+            "dtype": self.dtype,
+        }
+
+    def hidden(self, tokens: Tokens) -> Float[Array, "batch length dim"]:
+        """Hidden states behind the last norm; those of padding are meaningless."""
+        return nnx.merge(self.graphdef, self.params)(tokens)
+
+    def __call__(self, tokens: Tokens) -> Item:
+        """Encode Tokens [batch, length] as Item with embedding [batch, dim], in float32."""
+        embedding = pool(self.hidden(tokens).astype(jnp.float32), jnp.asarray(tokens.mask), self.pooling)
+        return Item(embedding=l2_normalise(embedding) if self.normalise else embedding)
+
+
+def _check_sizes(folder: Path, config: DecoderConfig, renderer: Renderer) -> None:
+    """Sizes are compared before anything runs: an id out of range would give NaN, without a name."""
+    if renderer.max_length > config.positions:
+        raise EncoderError(
+            f"{folder}: max_length {renderer.max_length} exceeds the model's {config.positions} positions"
+        )
+    if len(renderer.tokenizer) > config.vocabulary:
+        raise EncoderError(
+            f"{folder}: the tokenizer has {len(renderer.tokenizer)} tokens, the model {config.vocabulary}; "
+            "they belong to different models"
+        )
