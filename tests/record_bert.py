@@ -2,7 +2,7 @@
 
     python tests/record_bert.py
 
-It writes, under tests/fixtures/bert, a tiny BERT and a tiny DistilBERT whose parameters are all perturbed (a norm's
+It writes, under tests/fixtures/bert, a tiny BERT, RoBERTa and DistilBERT whose parameters are all perturbed (a norm's
 weight left at one would hide a missing multiplication), one vocabulary, the reference hidden states and pooled
 vectors, and the embeddings of three sentences by all-MiniLM-L6-v2 if its weights are there.
 """
@@ -31,6 +31,16 @@ SIZES: dict[str, dict[str, Any]] = {
         "hidden_act": "gelu",
         "layer_norm_eps": 1e-5,
     },
+    # The table has rows for the ids of padding and before; 62 positions remain.
+    "roberta": {
+        "hidden_size": 16,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "intermediate_size": 24,
+        "layer_norm_eps": 1e-5,
+        "type_vocab_size": 1,
+        "pad_token_id": 1,
+    },
     "distilbert": {"dim": 16, "n_layers": 2, "n_heads": 2, "hidden_dim": 24, "activation": "gelu"},
 }
 
@@ -41,8 +51,8 @@ def tiny_model(kind: str, **changes: Any) -> Any:
     import transformers
 
     torch.manual_seed(7)
-    config_class = {"bert": transformers.BertConfig, "distilbert": transformers.DistilBertConfig}[kind]
-    config = config_class(vocab_size=len(WORDS), max_position_embeddings=64, **SIZES[kind] | changes)
+    sizes = SIZES[kind.removeprefix("xlm-")] | changes
+    config = transformers.AutoConfig.for_model(kind, vocab_size=len(WORDS), max_position_embeddings=64, **sizes)
     model = transformers.AutoModel.from_config(config, attn_implementation="eager").eval()
     with torch.no_grad():
         for parameter in model.parameters():
@@ -112,6 +122,8 @@ def main() -> None:
         model.save_pretrained(folder)
         save_tokenizer(folder)
         tokens = example_tokens()
+        if kind == "roberta":  # it has one segment
+            tokens["segment"] = np.zeros_like(tokens["segment"])
         np.savez(FIXTURES / f"{kind}.npz", **tokens, **reference(model, tokens))
     np.savez(FIXTURES / "minilm.npz", embedding=sentence_embeddings(weights.find_minilm(), SENTENCES))
 

@@ -87,7 +87,7 @@ def test_a_chat_template_is_applied_once_with_one_opening_token(folder, tmp_path
 @pytest.mark.parametrize(
     ("config", "options", "message"),
     [
-        ({"model_type": "mamba"}, {}, "model_type 'mamba' is not one of bert, distilbert, llama, mistral"),
+        ({"model_type": "mamba"}, {}, "model_type 'mamba' is not one of bert, roberta, xlm-roberta, distilbert, llama"),
         ({}, {"pooling": "cls"}, "pooling 'cls' is not computed here; give pooling='last' or 'mean'"),
         ({}, {"max_length": 65}, "max_length 65 exceeds the model's 64 positions"),
         ({"vocab_size": 9}, {}, "they belong to different models"),

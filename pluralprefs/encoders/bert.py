@@ -1,4 +1,4 @@
-"""BERT, MiniLM and DistilBERT in Flax NNX, read from Hugging Face safetensors (arXiv 1810.04805, 1910.01108).
+"""BERT, MiniLM, RoBERTa and DistilBERT in Flax NNX, from Hugging Face safetensors (arXiv 1810.04805, 1907.11692).
 
 A post-norm transformer encoder: with x the sum of word, position and (in BERT) segment embeddings, normalised,
 
@@ -8,7 +8,8 @@ for each layer, and then one vector a text: the mean over the real tokens or the
 NNX is used inside only. `BertEncoder` holds the parameters as a plain nested dict and the graph as static data, so
 the same call serves the feature cache and a train step that differentiates through it.
 
-Positions are counted along the mask, not along the array: padding may lie on either side.
+Positions are counted along the mask, not along the array: padding may lie on either side. RoBERTa and XLM-R begin to
+count behind the id of their padding token.
 """
 
 from __future__ import annotations
@@ -59,13 +60,14 @@ DISTILBERT_NAMES = {
     "layers.{}.down": "transformer.layer.{}.ffn.lin2",
     "layers.{}.norm": "transformer.layer.{}.output_layer_norm",
 }
-NAMES = {"bert": BERT_NAMES, "distilbert": DISTILBERT_NAMES}
+NAMES = {"bert": BERT_NAMES, "roberta": BERT_NAMES, "xlm-roberta": BERT_NAMES, "distilbert": DISTILBERT_NAMES}
 LEAVES = {"kernel": "weight", "embedding": "weight", "scale": "weight", "bias": "bias"}
 
 
 @dataclass(frozen=True)
 class BertConfig:
-    """The sizes of a BERT-family model. `segments` is 0 where the model has no segment embedding."""
+    """The sizes of a BERT-family model. `segments` is 0 where the model has no segment embedding, `first` the
+    row of its table at which `positions` begin."""
 
     model_type: str
     vocabulary: int
@@ -77,6 +79,7 @@ class BertConfig:
     layers: int
     activation: str
     epsilon: float
+    first: int = 0
 
     @classmethod
     def read(cls, folder: Path) -> BertConfig:
@@ -87,7 +90,7 @@ class BertConfig:
         if kind not in NAMES:
             raise EncoderError(f"{path}: model_type {kind!r} is not one of {sorted(NAMES)}; use a BERT-family model")
         try:
-            config = _read_bert(raw) if kind == "bert" else _read_distilbert(raw)
+            config = _read_distilbert(raw) if kind == "distilbert" else _read_bert(raw)
         except KeyError as error:
             raise EncoderError(f"{path}: lacks {error}; fetch the model again") from error
         if config.activation not in ACTIVATIONS:
@@ -133,15 +136,15 @@ class Bert(nnx.Module):
 
     def __init__(self, config: BertConfig, *, dtype: Any, rngs: nnx.Rngs):
         self.words = nnx.Embed(config.vocabulary, config.dim, dtype=dtype, rngs=rngs)
-        self.positions = nnx.Embed(config.positions, config.dim, dtype=dtype, rngs=rngs)
+        self.positions = nnx.Embed(config.first + config.positions, config.dim, dtype=dtype, rngs=rngs)
         self.segments = nnx.Embed(config.segments, config.dim, dtype=dtype, rngs=rngs) if config.segments else None
-        self.norm = _norm(config, dtype, rngs)
+        self.norm, self.first = _norm(config, dtype, rngs), config.first
         self.layers = nnx.List([Layer(config, dtype=dtype, rngs=rngs) for _ in range(config.layers)])
 
     def __call__(self, tokens: Tokens) -> Float[Array, "batch length dim"]:
         mask = jnp.asarray(tokens.mask)
         position = jnp.maximum(jnp.cumsum(mask, axis=-1) - 1, 0)
-        x = self.words(jnp.asarray(tokens.ids)) + self.positions(position)
+        x = self.words(jnp.asarray(tokens.ids)) + self.positions(self.first + position)
         if self.segments is not None:
             x = x + self.segments(jnp.asarray(tokens.segment))
         x = self.norm(x)
@@ -191,7 +194,8 @@ class BertEncoder:
         folder = Path(folder)
         config = BertConfig.read(folder)
         default_pooling, default_normalise = read_pooling(folder, pooling)
-        renderer = Renderer.load(folder, max_length=max_length or min(256, config.positions))
+        segments = 1 if config.segments == 1 and config.model_type != "bert" else 2
+        renderer = Renderer.load(folder, max_length=max_length or min(256, config.positions), segments=segments)
         _check_sizes(folder, config, renderer, joint=joint)
         model = nnx.eval_shape(lambda: Bert(config, dtype=dtype, rngs=nnx.Rngs(0)))
         graphdef, shapes = nnx.split(model)
@@ -233,10 +237,13 @@ class BertEncoder:
 
 
 def _read_bert(raw: dict[str, Any]) -> BertConfig:
+    # RoBERTa's rows up to that of the padding token's id are not positions of tokens.
+    first = 0 if raw["model_type"] == "bert" else raw.get("pad_token_id", 1) + 1
     return BertConfig(
-        model_type="bert",
+        model_type=raw["model_type"],
         vocabulary=raw["vocab_size"],
-        positions=raw["max_position_embeddings"],
+        positions=raw["max_position_embeddings"] - first,
+        first=first,
         segments=raw["type_vocab_size"],
         dim=raw["hidden_size"],
         hidden=raw["intermediate_size"],
@@ -282,7 +289,7 @@ def _check_sizes(folder: Path, config: BertConfig, renderer: Renderer, *, joint:
             f"{folder}: the tokenizer has {len(renderer.tokenizer)} tokens, the model {config.vocabulary}; "
             "they belong to different models"
         )
-    if joint and config.segments == 1:
+    if joint and config.segments == 1 and renderer.segments == 2:
         raise EncoderError(f"{folder}: joint=True needs two segments, type_vocab_size is 1")
 
 
@@ -307,5 +314,5 @@ def _fill(folder: Path, model_type: str, shapes: Mapping[str, Any]) -> dict[str,
 
 def _modern_name(name: str) -> str:
     """Drop the prefix of a task model's backbone and the old names of a norm's parameters."""
-    name = re.sub(r"^(bert|distilbert)\.", "", name)
+    name = re.sub(r"^(bert|roberta|distilbert)\.", "", name)
     return name.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")

@@ -70,7 +70,8 @@ class CausalEncoder:
         folder = Path(folder)
         config = DecoderConfig.read(folder)
         found, normalised = read_pooling(folder, pooling, ("last", "mean"))
-        renderer = Renderer.load(folder, max_length=max_length or min(256, config.positions), segments=1)
+        length = max_length or min(256, config.positions)
+        renderer = Renderer.load(folder, max_length=length, segments=1, joined=True)
         _check_sizes(folder, config, renderer)
         loaded = read_decoder(folder, head=head, dtype=dtype, remat=remat, mesh=mesh, rules=rules)
         return cls(

@@ -78,10 +78,11 @@ class Renderer:
     segments: int = 2
 
     @classmethod
-    def load(cls, folder: Path, *, max_length: int = 256, segments: int = 2) -> Renderer:
+    def load(cls, folder: Path, *, max_length: int = 256, segments: int = 2, joined: bool = False) -> Renderer:
         """Read the tokenizer of a model's folder. No code from the folder is run.
 
-        `segments` is 2 for models that tell prompt and response apart by segment, 1 for decoders.
+        `segments` is 2 for models that tell prompt and response apart by segment. `joined` makes them one sequence
+        without special tokens between them, as decoders read it.
         """
         from transformers import AutoTokenizer
 
@@ -96,7 +97,7 @@ class Renderer:
             max_length=max_length,
             digest=digest(files),
             single=single,
-            pair=_frame(tokenizer, "a", "a") if segments == 2 else single._replace(between=line),
+            pair=single._replace(between=line) if joined else _frame(tokenizer, "a", "a"),
             template=bool(getattr(tokenizer, "chat_template", None)),
             segments=segments,
         )
