@@ -17,6 +17,7 @@ from jax.sharding import PartitionSpec
 from record_decoders import FIXTURES, KINDS, example_tokens, padded_reference, reference, tiny_decoder
 from safetensors.numpy import load_file, save_file
 
+from pluralprefs.encoders.attention import Places
 from pluralprefs.encoders.checkpoint import Tensors
 from pluralprefs.encoders.decoder import REMAT
 from pluralprefs.encoders.decoder_config import DecoderConfig
@@ -213,6 +214,13 @@ def test_packed_sequences_are_scaled_by_their_own_length(tmp_path):
     assert_packing_changes_nothing(read_decoder(folder, head=True), recorded("llama"))
 
 
+def test_an_unknown_token_or_place_is_never_taken_for_another():
+    loaded = read_decoder(FIXTURES / "opt")
+    model, places = nnx.merge(loaded.graphdef, loaded.params), jnp.array([[0, 63, 64]])
+    found = model.embed(jnp.array([[47, 48, 3]]), Places(places, places, places))
+    assert np.isnan(np.asarray(found)).any(axis=-1).tolist() == [[False, True, True]]
+
+
 # --- precision and memory
 
 
@@ -242,7 +250,7 @@ def loss_of(folder: Path = FIXTURES / "gemma2", **options):
 
 
 def test_remat_does_not_change_the_gradient(tmp_path):
-    folder = copy("gemma2", tmp_path / "model", num_hidden_layers=1, layer_types=["sliding_attention"])
+    folder = copy("llama", tmp_path / "model", num_hidden_layers=1)
     tensors = load_file(folder / "model.safetensors")
     save_file({name: each for name, each in tensors.items() if "layers.1" not in name}, folder / "model.safetensors")
     (kept, params), (again, _) = loss_of(folder), loss_of(folder, remat="dots_saveable")

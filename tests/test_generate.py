@@ -122,3 +122,8 @@ def test_settings_out_of_range_are_errors(settings, message):
 def test_a_decoder_without_its_head_generates_nothing():
     with pytest.raises(ValueError, match="load it with head=True"):
         generate(read_decoder(FIXTURES / "llama"), prompts(), new=1)
+
+
+def test_no_token_is_made_beyond_the_learned_positions():
+    with pytest.raises(ValueError, match="new=53 exceed the model's 64 learned positions"):
+        generate(read_decoder(FIXTURES / "opt", head=True), prompts(), new=53)

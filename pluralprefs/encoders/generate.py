@@ -61,7 +61,7 @@ def generate(
 
     At temperature 0 the likeliest token is taken. Above it tokens are drawn, with `key`, from the softmax of
     logits / temperature, kept to the fewest likeliest tokens whose probabilities reach `top_p`. Raises ValueError for
-    settings that are out of range.
+    settings that are out of range, and for more tokens than OPT has positions.
     """
     if new < 1 or temperature < 0 or not 0 < top_p <= 1:
         raise ValueError(f"new={new}, temperature={temperature}, top_p={top_p}: need new >= 1, temperature >= 0 and "
@@ -103,6 +103,9 @@ def _generate(
     model = nnx.merge(graphdef, params)
     ids, mask = jnp.asarray(tokens.ids), jnp.asarray(tokens.mask)
     batch, length = ids.shape
+    if model.positions is not None and length + new > model.config.positions:
+        known = f"the model's {model.config.positions} learned positions"
+        raise ValueError(f"{length} columns of prompt and new={new} exceed {known}; shorten the prompts")
     places = locate(mask, jnp.asarray(tokens.segment))
     last = length - 1 - jnp.argmax(mask[:, ::-1], axis=1)
     run = places.run[:, -1]
