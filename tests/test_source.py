@@ -137,7 +137,8 @@ def judgements(count=240):
 def test_a_run_keeps_its_predictors_scores_new_texts_and_profiles_users(folder, monkeypatch):
     data = folder / "data.parquet"
     judgements().write_parquet(data)
-    few = ["epochs=5", "shots=[0,4]", "draws=1", "users.rounds=2", "users.cross_fit=null", "controls=false", "refit=false"]
+    few = ["epochs=5", "shots=[0,4]", "draws=1", "users.rounds=2", "users.cross_fit=null", "controls=false",
+           "refit=false"]  # fmt: skip
     run = pp.fit(data, model="attribute_attention", encoder="attributes", attributes=folder, root=folder / "runs",
                  overrides=few, progress=False)  # fmt: skip
     assert (run.folder.path / source.PREDICTORS).is_file()
