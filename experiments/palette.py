@@ -33,7 +33,8 @@ from pluralprefs import attributes_cli, encoders
 from pluralprefs.attributes.source import PREDICTORS, predicted
 from pluralprefs.data.lexicon import attributes, palette, palette_world
 from pluralprefs.data.simulate import World
-from pluralprefs.experiment import FAMILIES, Experiment, Prepared, fit_seed, prepare
+from pluralprefs.experiment import FAMILIES, FINAL, Experiment, Prepared, fit_seed, prepare
+from pluralprefs.fitting import take
 from pluralprefs.launch import run
 from pluralprefs.profiles import community_slopes, over_seeds
 from pluralprefs.run import Run
@@ -100,7 +101,9 @@ def pseudo_truth(asked: Experiment, prepared: Prepared, world: World) -> np.ndar
     )  # fmt: skip
     table = pl.DataFrame({"cell": np.full(len(n), "train")})
     asked, whole = replace(asked, epochs=PASSES), replace(prepared, table=table, rows=rows)
-    each = [community_slopes(fit_seed(asked, whole, seed), prepared.features, count)[1:] for seed in asked.seeds]
+    train = take(prepared.rows, np.flatnonzero(prepared.table["cell"].is_in(FINAL)))  # where the profiles are taken
+    fits = [fit_seed(asked, whole, seed) for seed in asked.seeds]
+    each = [community_slopes(fit, prepared.features, count, train)[1:] for fit in fits]
     return np.mean([[mean for mean, _ in found] for found in each], axis=0)
 
 
@@ -147,12 +150,12 @@ def report(found: Run, world: World, names: tuple[str, ...], truth: np.ndarray, 
     )  # fmt: skip
 
 
-def main(folder: Path, root: Path, seeds: tuple[int, ...], seed: int, *, judge_intervals: bool) -> None:
-    """Run the whole path and compare with the truth of the world drawn by `seed`."""
+def main(folder: Path, root: Path, seeds: tuple[int, ...], drawn: int, *, judge_intervals: bool) -> None:
+    """Run the whole path and compare with the truth of the world of seed `drawn`."""
     begin = time.time()
     predictors(folder)
-    asked = experiment(folder, seeds, seed)
-    world = palette_world(COMMUNITIES, MEMBERS, EACH, seed, phrases=PHRASES)
+    asked = experiment(folder, seeds, drawn)
+    world = palette_world(COMMUNITIES, MEMBERS, EACH, drawn, phrases=PHRASES)
     fitted = run(asked, root=root)
     names = fitted.attributes.names
     order = [attributes().index(name) for name in names]

@@ -22,6 +22,7 @@ from pluralprefs.adapt import (
     predict,
     solve_items,
 )
+from pluralprefs.blas import one_blas_thread
 from pluralprefs.fitting import (
     Fitted,
     Rows,
@@ -29,7 +30,6 @@ from pluralprefs.fitting import (
     buckets,
     gathered,
     latents,
-    one_blas_thread,
     padded,
     row_log_odds,
     step_up,
@@ -55,7 +55,7 @@ def _predict(model: Any, users: Users, items: Item, posterior: UserPosterior, qu
     return jax.vmap(unit)(posterior, query)
 
 
-@one_blas_thread
+@one_blas_thread()
 def adapt_and_predict(
     model: Any,
     users: Users,
@@ -172,7 +172,7 @@ def predict_seen(fitted: Fitted, items: Item, query: Rows) -> tuple[np.ndarray, 
     return adapt_and_predict(fitted.model, fitted.users, items, support, np.asarray(support.user), query, unit)
 
 
-@one_blas_thread
+@one_blas_thread()
 def adapt_units(
     model: Any, users: Users, items: Item, support: Rows, unit: np.ndarray, *,
     adapter: Callable[..., UserPosterior] = laplace_user,

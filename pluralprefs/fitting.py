@@ -27,9 +27,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
-from threadpoolctl import threadpool_limits
 
 from pluralprefs.adapt import solve_items, solve_many, solve_rows
+from pluralprefs.blas import one_blas_thread
 from pluralprefs.newton import ROUNDS, Judgements, Solution
 from pluralprefs.types import Comparisons, Item, LinearInUser, RewardModel
 from pluralprefs.users import Deviation, Users, apply_root, log_odds, neutral, part_names, ravel
@@ -40,9 +40,6 @@ LARGE = 512  # comparisons of one unit beyond which it is solved through its dis
 FLOATS_AT_ONCE = 2**24
 FLOOR = 1e-6  # a variance of zero could not grow again
 CERTAIN = 30.0  # log-odds that a prior's standard deviation moves, at most: users of pure types would make it infinite
-# On CPU each small matrix of a batch is a call of BLAS, whose own threads then wait for each other in busy loops: where
-# other work shares the cores, up to a hundred times as long. XLA has its own threads for the batch.
-one_blas_thread = threadpool_limits.wrap(limits=1, user_api="blas")
 Rows = Comparisons[Any]
 
 
@@ -246,7 +243,7 @@ def _step(n: int, unit: int = 1024) -> int:
     return -(-max(n, 1) // unit) * unit
 
 
-@one_blas_thread
+@one_blas_thread()
 def solve_level(
     model: RewardModel, users: Users, items: Item, rows: Rows, unit: Int[np.ndarray, " rows"], count: int,
     root: np.ndarray, *, care: bool = False,

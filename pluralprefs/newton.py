@@ -4,8 +4,8 @@
 smaller: one unknown per coordinate (primal) or one per latent value (dual). `newton_by_coordinates` is for units with
 more rows than coordinates: its sums over rows never make anything of size [rows, rows]. Both step to the mode, then
 take `ROUNDS` of moments; see `adapt`. No step raises the objective and no round lowers the bound of the evidence (by
-more than `LITTLE`): where a prior is so wide that a mixture saturates, whole steps run away and end in NaN, which no
-comparison accepts.
+more than `LITTLE`; of a family that is not linear, the bound of its linearisation): where a prior is so wide that a
+mixture saturates, whole steps run away and end in NaN, which no comparison accepts.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from pluralprefs.types import Comparisons
 
 STEPS = 8
 ROUNDS = 2  # of the moments; more change a strength by less than 1 %
-LENGTHS = (1.0, 0.5, 0.125)  # of a step, in Newton's
+LENGTHS = (1.0, 0.5, 0.125, 0.015625)  # of a step, in Newton's
 LITTLE = 0.01  # nats: near their end rounds move the bound by less, up or down
 _NODES, _MASSES = (x.astype(np.float32) for x in np.polynomial.hermite_e.hermegauss(12))
 _MASSES = _MASSES / _MASSES.sum()  # quadrature of a standard normal
@@ -49,7 +49,8 @@ class Solution(NamedTuple):
     """Posterior of a whitened deviation.
 
     mean        [size]; the mode after no rounds of moments
-    jacobian    [latents, size] derivatives of the latent values at the mean, a
+    jacobian    [latents, size] derivatives of the latent values, a, where the last round took them; where latents are
+                not fewer than coordinates, the coordinates are the latents and it is the identity
     precision   [latents, latents] M = (C^-1 + a a')^-1, C the (expected) curvature of minus the log-likelihood in the
                 latent values: the whitened covariance is I - a' M a
     evidence    lower bound of the log evidence, nats; Laplace's after no rounds
@@ -76,8 +77,8 @@ def newton(
     """Find the posterior of a whitened deviation under a unit Gaussian prior, by damped Gauss-Newton.
 
     `values` gives the latent values at a deviation; `jacobian` their derivatives, an array where they are constant.
-    A step is the best of `LENGTHS`, or none; iteration stops when the mode has settled or after `steps`. Then `rounds`
-    of moments follow (see the module).
+    A step is the best of `LENGTHS`, or none; iteration stops when no step lowers the objective or moves, or after
+    `steps`. Then `rounds` of moments follow (see the module).
     """
     constant = None if callable(jacobian) else jacobian
     gram = None if constant is None else _gram(constant)
@@ -94,9 +95,9 @@ def newton(
     mean = _descend(propose, jax.vmap(objective), size, steps)
     a = at(mean)
     gradient, curvature = _curvature(_logits(values(mean), rows), rows, a.shape[0])
-    _, covariance, precision, determinant = _posterior(a, gram, curvature, gradient)
+    _, covariance, shape, determinant = _posterior(a, gram, curvature, gradient)
     if not rounds:
-        return Solution(mean, a, precision, -objective(mean) - 0.5 * determinant)
+        return Solution(mean, *shape, -objective(mean) - 0.5 * determinant)
 
     def bound(mean: Vector, covariance: Array, curvature: Array, determinant: Array) -> Array:
         logits, deviation = _logits(values(mean), rows), jnp.sqrt(_row_variance(covariance, rows))
@@ -109,11 +110,11 @@ def newton(
         a, spread = at(mean), _row_variance(covariance, rows)
         gradient, curvature = _curvature(_logits(values(mean), rows), rows, a.shape[0], spread)
         target = curvature @ (a @ mean) + gradient
-        mean, covariance, precision, determinant = _posterior(a, gram, curvature, target)
-        found = Solution(mean, a, precision, bound(mean, covariance, curvature, determinant)), covariance
+        mean, covariance, shape, determinant = _posterior(a, gram, curvature, target)
+        found = Solution(mean, *shape, bound(mean, covariance, curvature, determinant)), covariance
         return _better(found, best), None
 
-    best = Solution(mean, a, precision, bound(mean, covariance, curvature, determinant)), covariance
+    best = Solution(mean, *shape, bound(mean, covariance, curvature, determinant)), covariance
     return jax.lax.scan(again, best, length=rounds)[0][0]
 
 
@@ -151,24 +152,22 @@ def _rounding(nats: Float[Array, ""]) -> Float[Array, ""]:
 def _posterior(
     a: Float[Array, "latents size"], gram: Array | None, curvature: Float[Array, "latents latents"],
     target: Float[Array, " latents"],
-) -> tuple[Vector, Float[Array, "latents latents"], Float[Array, "latents latents"], Float[Array, ""]]:  # fmt: skip
-    """Solve (I + a' C a) x = a' target; return x, covariance K of the latent values, M (see Solution) and log det.
+) -> tuple[Vector, Float[Array, "latents latents"], tuple[Array, Array], Float[Array, ""]]:  # fmt: skip
+    """Solve (I + a' C a) x = a' target; return x, covariance of the latent values, jacobian and M, and log det.
 
-    All from one factorisation, one solve after the other: batched solves that run at once wait for each other's threads
-    and hang on CPU (jax 0.10; as many solves as cores), so no two in this module are independent of each other.
+    All from one factorisation and one solve: batched solves that run at once wait for each other's threads and hang on
+    CPU (jax 0.10; as many solves as cores), so no two in this module are independent of each other. Nothing large is
+    subtracted from anything large, so that a wide prior or many rows cost no digits.
     """
     latents, size = a.shape
     factors = jax.scipy.linalg.lu_factor(_inner(a, gram, curvature))
     determinant = jnp.sum(jnp.log(jnp.abs(jnp.diagonal(factors[0]))))
+    inverse = jax.scipy.linalg.lu_solve(factors, jnp.eye(min(latents, size)))
     if latents < size:
         gram = a @ a.T if gram is None else gram
-        both = jax.scipy.linalg.lu_solve(factors, jnp.concatenate([curvature, target[:, None]], axis=1))
-        gram, both = jax.lax.optimization_barrier((gram, both))
-        covariance = jax.scipy.linalg.lu_solve(factors, gram, trans=1)  # gram - gram M gram, which would cancel
-        return a.T @ both[:, -1], covariance, both[:, :-1], determinant
-    solved = jax.scipy.linalg.lu_solve(factors, a.T)
-    covariance = a @ solved
-    return solved @ target, covariance, curvature - curvature @ covariance @ curvature, determinant
+        return a.T @ (inverse @ target), gram @ inverse, (a, inverse @ curvature), determinant
+    eye = jnp.eye(size)
+    return inverse @ (a.T @ target), a @ inverse @ a.T, (eye, eye - inverse), determinant
 
 
 def _row_variance(covariance: Float[Array, "latents latents"], rows: Judgements) -> Float[Array, " rows"]:

@@ -64,7 +64,7 @@ class Sample(NamedTuple):
         """
         score = np.asarray(_scores(items), np.float64)
         difference = score[np.asarray(rows.first)] - score[np.asarray(rows.second)]
-        spread = difference.std(0)
+        spread = np.sqrt((difference**2).mean(0))
         spread = np.where(spread > 0, spread, 1.0)
         inverse = np.linalg.pinv(difference / spread, rcond=RCOND) / spread[:, None]
         return cls(gathered(items, jax.tree.map(jnp.asarray, rows)), jnp.asarray(inverse, jnp.float32))
@@ -193,12 +193,14 @@ def _slopes(
     return found, jax.vmap(partial(variance, posterior.covariance))(gradients)
 
 
-def community_slopes(fitted: Fitted, items: Item, count: int) -> list[Slopes]:
+def community_slopes(fitted: Fitted, items: Item, count: int, rows: Rows | None = None) -> list[Slopes]:
     """Slopes of the population (first, variance of the shared parameters alone) and of each community.
 
-    The population's variance is NaN where no halves of the users could be compared: it is unknown, not zero.
+    They are taken over `rows`, the training rows by default: of a model that is not linear in the scores they depend on
+    the comparisons. The population's variance is NaN where no halves of the users could be compared: it is unknown, not
+    zero. Communities have the variance of their own posterior then, which is too little.
     """
-    sample = Sample.of(items, _spread(fitted.rows))
+    sample = Sample.of(items, _spread(fitted.rows if rows is None else rows))
     return list(_community_slopes(fitted, items, sample, range(-1, count)).values())
 
 
@@ -334,7 +336,7 @@ def _shapley(fitted: Fitted, items: Item, test: Rows, names: Sequence[str]) -> I
 
 def _by_community(values: np.ndarray, test: Rows, names: Sequence[str], kind: str) -> Iterator[dict[str, Any]]:
     """Mean of a value of each test row, by community, with its interval over users."""
-    community, users = np.asarray(test.community), pl.Series(np.asarray(test.user))
+    community, users = np.asarray(test.community), pl.Series(np.asarray(test.user)).replace(-1, None)
     for number, name in enumerate(names):
         chosen = community == number - 1 if number else np.ones(len(community), bool)
         if chosen.any():

@@ -237,6 +237,9 @@ class Run:
         """
         if self.rows is None or self.items is None:
             raise DataError(f"{self.folder.name}: kept no training rows to profile users on; fit with save_users")
+        if isinstance(users, str) or (community is not None and not isinstance(users, Mapping)):
+            raise TypeError("profile takes a list of names, ['ana'], who depart from their own communities; community= "
+                            "is for adapted users")  # fmt: skip
         known = self.vocabulary.communities
         if community is not None and community not in known:
             raise DataError(f"community {community!r}: the run has {', '.join(known) or 'none'}")

@@ -14,6 +14,7 @@ from threadpoolctl import threadpool_info, threadpool_limits
 
 from pluralprefs.adapt import laplace_user, predict, solve_items, solve_many, solve_rows
 from pluralprefs.adapting import predict_seen
+from pluralprefs.blas import one_blas_thread
 from pluralprefs.fitting import Fitted, buckets, fit_strength, solve_level, take
 from pluralprefs.models.bradley_terry import BradleyTerry
 from pluralprefs.models.ideal_point import IdealPoint
@@ -170,10 +171,30 @@ rows = Judgements(draw.integers(0, n, (units, n)), draw.integers(0, n, (units, n
 local = draw.integers(0, 300, (units, n))
 for _ in range(3):
     found = _solve_item_bucket(model, items, local, None, rows, jnp.full(size + 1, 0.1), jnp.float32(1), False)
-print(float(found[3]))
+few, root = jax.tree.map(lambda x: x[:, :16] % 16, rows), jnp.full(size + 1, 0.1)  # fewer items than coordinates: dual
+for _ in range(3):
+    dual = _solve_item_bucket(model, items, local[:, :16], None, few, root, jnp.float32(1), False)
+print(float(found[3] + dual[3]))
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=True)
     assert np.isfinite(float(done.stdout))
+
+
+def test_many_comparisons_leave_a_variance_that_is_small_but_not_lost():
+    """One user, 20,000 comparisons of 100 items: variances are those of a dense float64 inverse."""
+    draw = np.random.default_rng(12)
+    n, dim, count = 20_000, 20, 100
+    x = draw.normal(size=(count, dim)).astype(np.float32)
+    first, second = draw.integers(0, count, (2, n))
+    target, zero = (draw.random(n) < 0.5).astype(np.float32), np.zeros(n, np.float32)
+    judged = Judgements(first, second, zero, zero, target, np.ones(n, np.float32))
+    root = jnp.full(dim + 1, 3.0)
+    found = jax.jit(solve_items, static_argnames="rounds")(linear(dim), Item(embedding=x), judged, root, 1.0, rounds=0)
+    slope = 3.0 * feature_columns((x[first] - x[second]).astype(float))
+    p = 1 / (1 + np.exp(-slope @ np.asarray(found.mean, float)))
+    expected = np.diag(np.linalg.inv(np.eye(dim + 1) + slope.T @ ((p * (1 - p))[:, None] * slope)))
+    a, m = np.asarray(found.jacobian, float), np.asarray(found.precision, float)
+    np.testing.assert_allclose(np.diag(np.eye(dim + 1) - a.T @ m @ a), expected, rtol=1e-2)
 
 
 def test_ninety_per_cent_intervals_cover_users_drawn_from_the_prior():
@@ -238,8 +259,14 @@ def test_batches_of_small_systems_are_solved_with_one_blas_thread(monkeypatch):
     with threadpool_limits(2, user_api="blas"):
         solve_level(model, table, items, judged, np.zeros(4, int), 2, np.ones(3, np.float32))
         after = {library["num_threads"] for library in threadpool_info() if library["user_api"] == "blas"}
+        with one_blas_thread():
+            outer = one_blas_thread()  # of another thread, say, that ends later
+            outer.__enter__()
+        between = {library["num_threads"] for library in threadpool_info() if library["user_api"] == "blas"}
+        outer.__exit__(None, None, None)
+        restored = {library["num_threads"] for library in threadpool_info() if library["user_api"] == "blas"}
     assert seen == [{1}]
-    assert after == {2}
+    assert (after, between, restored) == ({2}, {1}, {2})
 
 
 def test_rounds_of_moments_reach_the_nearest_gaussian_and_its_evidence():

@@ -17,7 +17,7 @@ FLOORS = [
     "contrasts results",
     "models encoders data registry baselines",
     "users attributes",
-    "newton",
+    "newton blas",
     "adapt train",
     "fitting",
     "adapting",  # lazily, adapting and pooling may import each other

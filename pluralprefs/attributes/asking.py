@@ -12,7 +12,7 @@ from __future__ import annotations
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
@@ -70,11 +70,11 @@ def ask_in_order(
     max_cost: float | None = None,
     price: Price | None = None,
     progress: bool = True,
-) -> Iterator[Answer]:
+) -> Generator[Answer, None, None]:
     """Yield the answers in the order of the tasks, of which there are `total`, asking only for what `cache` lacks.
 
-    Equal tasks are asked once where there is a cache, else once a block; a block of `BLOCK` tasks is answered whole
-    before its first answer is yielded.
+    Equal tasks are asked once a block, and once at all where there is a cache and the answer could be read; a block of
+    `BLOCK` tasks is answered whole before its first answer is yielded.
 
     A task that fails alone gets an Answer with `failure` set, and the pass goes on. requests_per_second bounds new
     tasks; further attempts of one task come on top, slowed by their own waits. max_cost bounds what this pass can

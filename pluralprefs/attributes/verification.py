@@ -10,6 +10,7 @@ which pairs `pairs.ordered_pairs` trains on, for norms and values alike.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -65,16 +66,16 @@ def judge(
     pairs = _different(rewrites)
     tasks = chain(_judge_tasks(pairs, attributes), _preserved_tasks(responses, rewrites))
     total = pairs.height * len(ASKED) + rewrites.height
-    answers = ask_in_order(teacher, tasks, total, cache=cache, **asking)
     judgements, checks = Tally(), Tally()
     verdicts = np.full(pairs.height * len(ASKED), -1, np.int8)
-    for place, answer in enumerate(islice(answers, len(verdicts))):
-        judgements.add(answer)
-        verdicts[place] = NUMBER[answer.verdict]
     scores = []
-    for answer in answers:
-        checks.add(answer)
-        scores.append(answer.score)
+    with closing(ask_in_order(teacher, tasks, total, cache=cache, **asking)) as answers:  # it holds a lock and a file
+        for place, answer in enumerate(islice(answers, len(verdicts))):
+            judgements.add(answer)
+            verdicts[place] = NUMBER[answer.verdict]
+        for answer in answers:
+            checks.add(answer)
+            scores.append(answer.score)
     if tell:
         tell(f"judgements: {judgements}")
         tell(f"kept meaning: {checks}")
