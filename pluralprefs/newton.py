@@ -3,9 +3,8 @@
 `newton` works on latent values (a row's log-odds shift, or a distinct item's reward) and solves whichever system is
 smaller: one unknown per coordinate (primal) or one per latent value (dual). `newton_by_coordinates` is for units with
 more rows than coordinates: its sums over rows never make anything of size [rows, rows]. Both step to the mode, then
-take `ROUNDS` of moments; see `adapt`. No step raises the objective and no round lowers the bound of the evidence (by
-more than `LITTLE`; of a family that is not linear, the bound of its linearisation): where a prior is so wide that a
-mixture saturates, whole steps run away and end in NaN, which no comparison accepts.
+take `ROUNDS` of moments; see `adapt`. No step raises the objective, and a round that lowers the bound of the evidence
+by more than `AWAY` is not taken: where a prior is so wide that a mixture saturates, whole steps run away to NaN.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ from pluralprefs.types import Comparisons
 STEPS = 8
 ROUNDS = 2  # of the moments; more change a strength by less than 1 %
 LENGTHS = (1.0, 0.5, 0.125, 0.015625)  # of a step, in Newton's
-LITTLE = 0.01  # nats: near their end rounds move the bound by less, up or down
+AWAY = 3.0  # nats by which a round that runs away lowers the bound at least; the bound of a linearisation errs by less
 _NODES, _MASSES = (x.astype(np.float32) for x in np.polynomial.hermite_e.hermegauss(12))
 _MASSES = _MASSES / _MASSES.sum()  # quadrature of a standard normal
 
@@ -139,8 +138,12 @@ def _descend(
 
 
 def _better(found: tuple[Solution, Array], best: tuple[Solution, Array]) -> tuple[Solution, Array]:
-    """What was found, unless its bound is NaN or lower by more than settles nothing."""
-    lowest = best[0].evidence - LITTLE - _rounding(best[0].evidence)
+    """What was found, unless its bound is NaN or lower by more than `AWAY`.
+
+    Not every fall counts: of a family that is not linear the bound is that of a linearisation, and users whose rounds
+    were refused at the smallest fall had intervals that covered 3 points too little (ideal directions, 3 comparisons).
+    """
+    lowest = best[0].evidence - AWAY - _rounding(best[0].evidence)
     return jax.tree.map(partial(jnp.where, found[0].evidence >= lowest), found, best)
 
 
