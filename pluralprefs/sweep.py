@@ -2,6 +2,7 @@
 
 What a root holds already is not run again: a run that is done, with the same described experiment on the same data, is
 taken as it is, and one that was stopped goes on. So a sweep that was interrupted is started again by the same command.
+One that is running, here or on another host, is left alone.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from pluralprefs import launch
 from pluralprefs.data import splits
 from pluralprefs.describe import describe, override
 from pluralprefs.experiment import Experiment, Tell, fingerprint
-from pluralprefs.registry import RunFolder, list_runs, open_run
+from pluralprefs.registry import RunFolder, StillRunning, list_runs, open_run
 from pluralprefs.registry.environment import redact
 from pluralprefs.registry.files import plain
 from pluralprefs.results import results_table
@@ -55,7 +56,8 @@ def sweep(
 ) -> tuple[dict[str, RunFolder], dict[str, str]]:
     """Run every combination, and return the finished runs and the errors of the others, both by their settings.
 
-    An unknown setting is an error before anything is run; a run that fails does not stop the others.
+    An unknown setting is an error before anything is run; a run that fails does not stop the others. One that is
+    running, or was running on another host, is in neither: `tell` hears where it is.
     """
     planned = {}
     for assignments in combinations(over):
@@ -68,6 +70,8 @@ def sweep(
         tell(f"{number} of {len(planned)}: {label}")
         try:
             done[label] = _one(changed, Path(root), tell, progress)
+        except StillRunning as error:
+            tell(f"left alone: {error}")
         except (ValueError, TypeError, OSError, FloatingPointError) as error:
             failed[label] = " ".join(f"{type(error).__name__}: {error}".split())
             tell(f"failed: {failed[label]}")
@@ -85,7 +89,10 @@ def sweep_table(done: dict[str, RunFolder]) -> str:
 
 
 def _one(experiment: Experiment, root: Path, tell: Tell, progress: bool) -> RunFolder:
-    """The run of an experiment: the one that is done, the one that was stopped, continued, or a new one."""
+    """The run of an experiment: the one that is done, the one that was stopped, continued, or a new one.
+
+    Raises StillRunning where it is being made elsewhere.
+    """
     table = experiment.data()
     earlier = _earlier(experiment, root, table)
     if earlier is None:
@@ -93,14 +100,15 @@ def _one(experiment: Experiment, root: Path, tell: Tell, progress: bool) -> RunF
     if earlier.status == "done":
         tell(f"{earlier.path}: done before")
         return earlier
+    earlier.refuse_running()
     return launch.resume(earlier.path, tell=tell, progress=progress, table=table).folder
 
 
 def _earlier(experiment: Experiment, root: Path, table: pl.DataFrame) -> RunFolder | None:
-    """The latest run of the very same experiment on the very same data; a finished one before one that was stopped."""
+    """The latest run of the very same experiment on the very same data: done, else running, else stopped."""
     whole = table if "cell" in table.columns else splits.assign(table, **experiment.split).table
     data, described = fingerprint(whole), redact(plain(describe(experiment)))
     runs = list_runs(root).filter(pl.col("data_fingerprint") == data, pl.col("status") != "unreadable")
-    order = runs.sort(pl.col("status") == "done", "run", descending=True)
+    order = runs.sort(pl.col("status") == "done", pl.col("status") == "running", "run", descending=True)
     found = (open_run(path) for path in order["path"])
     return next((run for run in found if run.read().get("experiment") == described), None)

@@ -68,6 +68,27 @@ def test_a_sweep_runs_what_is_missing_and_only_that(experiment, launched, tmp_pa
     assert "60.0 [58.0, 62.0]" in text
 
 
+@pytest.mark.parametrize("host", ["elsewhere", None])
+def test_a_run_that_may_be_running_is_left_alone(host, experiment, launched, tmp_path):
+    root, told = tmp_path / "runs", []
+    go = partial(sweep.sweep, experiment, ["model.rank=13,2"], root=root, tell=told.append, progress=False)
+    go()
+    [stopped] = registry.list_runs(root, "status=failed")["path"]
+    process = registry.open_run(stopped).read()["process"]
+    registry.open_run(stopped).update(status="running", process=process | ({"host": host} if host else {}))
+    launched.clear()
+    told.clear()
+    done, failed = go()
+    assert (launched, list(done), failed) == ([], ["model.rank=2"], {})
+    [said] = [line for line in told if line.startswith("left alone")]
+    assert f"running on {host or process['host']}; if it is dead, `pluralprefs train {stopped} --resume`" in said
+    assert registry.open_run(stopped).status == "running"
+    with registry.create(root, "m", {}) as newer:  # another that was stopped does not hide it
+        newer.update(**{key: registry.open_run(stopped).read()[key] for key in ("experiment", "data_fingerprint")})
+    newer.update(status="failed")
+    assert (go()[1], launched) == ({}, [])
+
+
 def test_other_data_or_seeds_are_other_runs(experiment, launched, tmp_path):
     go = partial(sweep.sweep, over=["model.rank=1"], root=tmp_path / "runs", tell=str, progress=False)
     go(experiment)

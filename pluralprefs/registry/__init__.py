@@ -2,6 +2,7 @@
 
 from pluralprefs.registry.comparison import compare_runs as compare_runs
 from pluralprefs.registry.files import RegistryError as RegistryError
+from pluralprefs.registry.files import StillRunning as StillRunning
 from pluralprefs.registry.files import load_arrays as load_arrays
 from pluralprefs.registry.files import save_arrays as save_arrays
 from pluralprefs.registry.folder import RunFolder as RunFolder

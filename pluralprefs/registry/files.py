@@ -25,6 +25,10 @@ class RegistryError(ValueError):
     """A run folder that is missing, broken or misused: one line with the file and the cure."""
 
 
+class StillRunning(RegistryError):
+    """A run that another process is writing, or may be writing on another host."""
+
+
 def slug(name: str, longest: int = 40) -> str:
     """Turn any string into a safe part of a file name.
 

@@ -39,6 +39,7 @@ from pluralprefs.registry.environment import (
 from pluralprefs.registry.files import (
     TABLE_NAME,
     RegistryError,
+    StillRunning,
     append_lines,
     checked_table_name,
     load_arrays,
@@ -97,6 +98,18 @@ class RunFolder:
         """The status as of now: "interrupted" where run.json says "running" but the process is gone."""
         return status_now(self.read())
 
+    def refuse_running(self) -> None:
+        """Raise StillRunning where another process writes the run, or may: of one on another host nobody here can tell.
+
+        For those who were not asked to go on with this very run, as a sweep. Entering the run is what takes it over.
+        """
+        content = self.read()
+        if status_now(content) == "running":
+            host = (content.get("process") or {}).get("host")
+            raise StillRunning(
+                f"{self.path}: running on {host}; if it is dead, `pluralprefs train {self.path} --resume`"
+            )
+
     def finish(self, status: str, error: str | None = None) -> None:
         """Record the end of the run: status, error, wall time and peak memory."""
         if status not in STATUSES[1:4]:
@@ -135,7 +148,7 @@ class RunFolder:
         if content.get("status") == "running" and owner == mine:
             return
         if content.get("status") == "running" and owner.get("host") == mine["host"] and not process_is_gone(owner):
-            raise RegistryError(f"{self.path}: process {owner.get('pid')} is still writing this run; end it first")
+            raise StillRunning(f"{self.path}: process {owner.get('pid')} is still writing this run; end it first")
         self._seconds_before = content.get("wall_seconds") or 0.0
         self.update(status="running", error=None, finished=None, process=mine)
 
