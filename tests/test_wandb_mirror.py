@@ -1,6 +1,7 @@
 """An offline mirror, read back from its file, holds every row once, and nothing that stays at home."""
 
 import json
+import shutil
 import struct
 import zlib
 from collections import Counter
@@ -19,7 +20,10 @@ from pluralprefs.registry.wandb_mirror import calibration_rows, config, group, h
 from pluralprefs.wandb_cli import after, chosen
 
 BLOCK, HEADER = 32768, 7  # of LevelDB's log format, in which wandb writes
-EXPERIMENT = {"call": "pluralprefs.experiment:Experiment", "prototypes": 4, "api_key": "S3CRET", "seeds": [0, 1]}
+EXPERIMENT = {
+    "call": "pluralprefs.experiment:Experiment", "prototypes": 4, "api_key": "S3CRET", "seeds": [0, 1],
+    "save_users": False, "data": {"path": "/home/ana-of-tests/mine.jsonl"},
+}  # fmt: skip
 
 
 def wandb_records(file):
@@ -43,20 +47,23 @@ def wandb_records(file):
 
 
 def read_back(run):
-    """The logged steps, the configuration and the summary of the one offline mirror of a run."""
+    """The logged steps, the configuration, the summary and the artefacts of the one offline mirror of a run."""
     [folder] = (run.path / "wandb").glob("offline-run-*")
     [file] = folder.glob("*.wandb")
-    steps, settings, summary, kinds = [], {}, {}, Counter()
+    steps, settings, summary, artefacts = [], {}, {}, {}
     for record in wandb_records(file):
-        kinds[record.WhichOneof("record_type")] += 1
+        log = record.request.log_artifact
+        for artefact in (record.artifact, log.artifact):
+            if artefact.name:
+                artefacts[artefact.name] = [entry.path for entry in artefact.manifest.contents]
         items = [(item.key or "/".join(item.nested_key), json.loads(item.value_json)) for item in record.history.item]
         if items:
             steps.append(dict(items))
         settings |= {item.key: json.loads(item.value_json) for item in record.run.config.update}
         summary |= {item.key: json.loads(item.value_json) for item in record.summary.update if item.key}
         if record.HasField("run"):
-            settings["its group"] = record.run.run_group
-    return folder, steps, settings, summary, kinds
+            settings |= {"its group": record.run.run_group, "its host": record.run.host}
+    return folder, steps, settings, summary, artefacts
 
 
 @pytest.fixture(scope="module")
@@ -74,19 +81,21 @@ def run(tmp_path_factory):
         made.summarise({"accuracy": 0.75})
         (made.path / "params").mkdir()
         (made.path / "params" / "shared").write_text("parameters")
+        (made.path / "vocabulary.json").write_text('{"users": []}')
     registry.tag(made.path, ["paper"])
     return made
 
 
 def test_an_offline_mirror_holds_every_row_once(run, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setattr("socket.gethostname", lambda: "h0st-of-tests")
     for variable in wandb_mirror.VARIABLES:
         monkeypatch.delenv(variable, raising=False)
     for _ in range(2):  # a second push takes the place of the first
         done = CliRunner().invoke(app, ["wandb", "push", run.name, "--root", str(run.path.parent), "--mode", "offline"])
         assert done.exit_code == 0, done.output
     assert not list(tmp_path.iterdir()), "nothing in the home directory"
-    folder, steps, settings, summary, kinds = read_back(run)
+    folder, steps, settings, summary, artefacts = read_back(run)
     expected = Counter()
     for row in run.table("metrics").iter_rows(named=True):
         expected[metric_name(row, "m"), row["shots"], row["value"], row["ci_low"], row["users"]] += 1
@@ -104,19 +113,43 @@ def test_an_offline_mirror_holds_every_row_once(run, tmp_path, monkeypatch):
     assert [step["_step"] for step in steps] == list(range(1, len(steps) + 1))
     assert summary["accuracy"] == 0.75
     assert summary["status"] == "done"
-    assert kinds["artifact"] + kinds["request"] >= 1, "the parameters"
+    assert artefacts[f"params-{run.name}"] == ["params/shared"]
 
     assert settings["experiment"]["prototypes"] == 4
     assert settings["data_fingerprint"] == "ab12"
     assert settings["its group"] == group(run.read())
+    assert settings["its host"] == "hidden"
+    assert settings["experiment"]["data"] == {"path": "mine.jsonl"}
     for name in ("metrics", "attribute"):
         [path] = [path for path in folder.rglob("*.table.json") if path.name.startswith(name)]
         table = run.table("metrics" if name == "metrics" else "attribute_weights")
         assert len(json.loads(path.read_text())["data"]) == len(table)
     everything = b"".join(path.read_bytes() for path in folder.rglob("*") if path.is_file())
-    assert b"S3CRET" not in everything
+    for secret in (b"S3CRET", b"h0st-of-tests", b"ana-of-tests"):
+        assert secret not in everything
     assert b'"u1"' not in everything, "no user ids"
     assert b"example_id" not in everything
+
+
+@pytest.mark.parametrize("reinit", ["default", "create_new"])
+def test_a_run_that_the_caller_has_open_goes_on(reinit, run, tmp_path, monkeypatch):
+    import wandb
+
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    own = wandb.init(mode="offline", dir=tmp_path, settings=wandb.Settings(reinit=reinit, console="off"))
+    active = wandb.run
+    wandb_mirror.mirror(run, "offline")
+    assert wandb.run is active
+    own.log({"loss of the caller": 1.0})
+    own.finish()
+    wandb.teardown()
+    names = [name for step in read_back(run)[1] for name in step]
+    assert "training/seed-0/01" in names
+    assert "loss of the caller" not in names
+    [file] = tmp_path.glob("wandb/offline-run-*/*.wandb")
+    kept = [item.key or item.nested_key[0] for record in wandb_records(file) for item in record.history.item]
+    assert "loss of the caller" in kept
+    assert not {"training/seed-0/01", "tables/metrics"} & set(kept)
 
 
 def test_a_replay_goes_on_after_what_the_server_has(run, monkeypatch):
@@ -143,17 +176,32 @@ def test_a_replay_goes_on_after_what_the_server_has(run, monkeypatch):
     assert (asked["id"], asked["resume"], asked["tags"]) == (run.name, "allow", ["paper"])
 
 
-def test_parameters_that_hold_users_stay_unless_asked_for(run, monkeypatch):
-    sent = []
-    monkeypatch.setattr(type(run), "read", lambda self: {"model": "m"})
+@pytest.mark.parametrize(
+    ("held", "file", "text"),
+    [
+        (False, None, ""),
+        (True, "support-0.safetensors", ""),
+        (True, "vocabulary.json", '{"users": ["u1"]}'),
+        (True, "vocabulary.json", "{}"),
+        (True, "vocabulary.json", None),
+        (True, "run.json", '"save_users": true'),
+        (True, "run.json", '"saved": false'),
+    ],
+)
+def test_parameters_that_may_hold_users_stay_unless_asked_for(held, file, text, run, tmp_path):
+    shutil.copytree(run.path, tmp_path / run.name, ignore=shutil.ignore_patterns("wandb"))
+    copy, sent = registry.open_run(tmp_path / run.name), []
+    if file == "run.json":
+        text = (copy.path / file).read_text("utf8").replace('"save_users": false', text)
+    if text is None:
+        (copy.path / file).unlink()
+    elif file:
+        (copy.path / file).write_text(text)
     fake = SimpleNamespace(log_artifact=sent.append)
-    (run.path / "support-0.safetensors").write_text("")
-    wandb_mirror._send_parameters(fake, run, {}, with_users=False)
-    assert not sent
-    wandb_mirror._send_parameters(fake, run, {}, with_users=True)
-    (run.path / "support-0.safetensors").unlink()
-    wandb_mirror._send_parameters(fake, run, {}, with_users=False)
-    assert [list(artefact.manifest.entries) for artefact in sent] == [["params/shared"]] * 2
+    wandb_mirror._send_parameters(fake, copy, {}, with_users=False)
+    assert len(sent) == (not held)
+    wandb_mirror._send_parameters(fake, copy, {}, with_users=True)
+    assert [list(artefact.manifest.entries) for artefact in sent] == [["params/shared"]] * (2 - held)
 
 
 def test_runs_that_differ_in_seeds_share_a_group_and_secrets_stay():
@@ -179,6 +227,10 @@ def test_a_running_run_and_a_wrong_mode_are_refused(tmp_path, run):
         wandb_mirror.mirror(registry.create(tmp_path, "m", {}))
     with pytest.raises(registry.RegistryError, match="online or offline"):
         wandb_mirror.mirror(run, "on")
+    with pytest.raises(ZeroDivisionError), registry.create(tmp_path, "m", {}) as failed:
+        raise ZeroDivisionError
+    with pytest.raises(registry.RegistryError, match="is failed, and what is sent cannot be taken back"):
+        wandb_mirror.mirror(failed, "online")
 
 
 def test_the_mode_is_asked_for_or_offline_and_online_needs_a_login(tmp_path, monkeypatch, capsys):

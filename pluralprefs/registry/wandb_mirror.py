@@ -2,11 +2,11 @@
 
 What is sent: the described experiment, every row of the metrics (a step each, with shots on the x axis), the loss of
 each epoch, the summary, the tables `metrics`, `attribute_weights` and `calibration`, and the parameters as an artefact.
-What is not: predictions, ids or states of users, source code, the console, the machine. The parameters of a run that
-kept its users hold their states: they are left out unless asked for.
+What is not: predictions, ids or states of users, source code, the console, the machine, folders of data, the words of
+an error. The parameters of a run that kept its users hold their states: they are left out unless asked for.
 
 A run's id is the name of its folder, and its rows come in a fixed order, so that a replay goes on where an earlier one
-ended. wandb is imported here and nowhere else, when a run is mirrored.
+ended. wandb is imported here and nowhere else, when a run is mirrored; a wandb run that the caller has open goes on.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
+from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 from urllib.parse import urlparse
 
@@ -54,13 +54,17 @@ def mirror(
     """Replay a run that has ended, and return where it is: the offline run's folder, or the address of the page.
 
     "offline" writes inside the run folder, in place of an earlier offline mirror; `wandb sync` sends it later. "online"
-    goes on after the rows that the server has. Raises RegistryError while the run is running.
+    goes on after the rows that the server has, and takes a done run alone: the rows of others may still change.
+    Raises RegistryError for those, and while the run is running.
     """
     if mode not in MODES[:2]:
         raise RegistryError(f"wandb mode {mode!r}: online or offline")
     status = folder.status
     if status == "running":
         raise RegistryError(f"{folder.path}: is running; it is mirrored when it has ended")
+    if mode == "online" and status != "done":
+        raise RegistryError(f"{folder.path}: is {status}, and what is sent cannot be taken back; end it "
+                            "(`pluralprefs train RUN --resume`), or give --mode offline")  # fmt: skip
     content = folder.read()
     if mode == "offline":
         for earlier in (folder.path / "wandb").glob(f"offline-run-*-{folder.name}"):
@@ -68,10 +72,12 @@ def mirror(
     with _directories(folder.path.parent, mode):
         import wandb
 
-        alone = wandb.run is None
+        # wandb.run is silent about runs made with create_new, as ours is.
+        alone = wandb.run is None and getattr(wandb.setup(), "most_recent_active_run", None) is None
         settings = wandb.Settings(
             silent=True, console="off", save_code=False, disable_git=True, disable_job_creation=True,
             x_disable_meta=True, x_disable_stats=True, x_disable_machine_info=True, x_save_requirements=False,
+            reinit="create_new", host="hidden",
         )  # fmt: skip
         run = wandb.init(
             project=project, id=folder.name, name=folder.name, group=group(content), dir=str(folder.path), mode=mode,
@@ -90,8 +96,24 @@ def mirror(
 
 
 def config(content: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what a reader needs to repeat the run, without secrets, host and command line."""
-    return redact({name: content[name] for name in SENT if content.get(name) is not None})
+    """Return what a reader needs to repeat the run, without secrets, host and command line; paths as file names."""
+    return without_folders(redact({name: content[name] for name in SENT if content.get(name) is not None}))
+
+
+def without_folders(value: Any) -> Any:
+    """Replace every absolute path by the name of its file: the folders say who works where.
+
+    >>> without_folders({"path": "/home/ana/mine.jsonl", "levels": ["user", "runs/a.csv"]})
+    {'path': 'mine.jsonl', 'levels': ['user', 'runs/a.csv']}
+    """
+    if isinstance(value, dict):
+        return {key: without_folders(part) for key, part in value.items()}
+    if isinstance(value, list):
+        return [without_folders(part) for part in value]
+    if not isinstance(value, str):
+        return value
+    kinds = (PurePosixPath(value), PureWindowsPath(value))
+    return next((path.name for path in kinds if path.is_absolute() or value.startswith("~")), value)
 
 
 def group(content: Mapping[str, Any]) -> str:
@@ -179,7 +201,8 @@ def _replay(run: Any, folder: RunFolder, content: Mapping[str, Any], status: str
             logged["charts/preference"] = chart
         run.log(logged, step=step + 1)
     numbers = {"wall_seconds": content.get("wall_seconds"), "peak_memory_bytes": content.get("peak_memory_bytes")}
-    run.summary.update({**(content.get("summary") or {}), **numbers, "status": status, "error": content.get("error")})
+    kind = str(content.get("error") or "").partition(":")[0] or None  # its words may name files and users
+    run.summary.update({**(content.get("summary") or {}), **numbers, "status": status, "error": kind})
 
 
 def _table(table: pl.DataFrame) -> Any:
@@ -197,13 +220,19 @@ def _send_parameters(run: Any, folder: RunFolder, content: Mapping[str, Any], wi
         return
     artefact = wandb.Artifact(f"params-{folder.name}", type="model", metadata={"model": content.get("model")})
     for file in sorted(path for path in (folder.path / "params").rglob("*") if path.is_file()):
-        artefact.add_file(str(file), name=file.relative_to(folder.path).as_posix())
+        artefact.add_file(str(file), name=file.relative_to(folder.path).as_posix(), policy="immutable")
     run.log_artifact(artefact)
 
 
 def holds_users(folder: RunFolder) -> bool:
-    """Say whether the run kept its users, whose states are then in its parameters."""
-    return any(folder.path.glob("support-*.safetensors"))
+    """Say whether the run kept its users, whose states are then in its parameters; yes, unless everything says no."""
+    experiment = folder.read().get("experiment")
+    try:
+        names = json.loads((folder.path / "vocabulary.json").read_text("utf8"))["users"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return True
+    asked = not isinstance(experiment, dict) or experiment.get("save_users") is not False
+    return asked or names != [] or any(folder.path.glob("support-*.safetensors"))
 
 
 @contextmanager
