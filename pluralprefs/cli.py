@@ -101,9 +101,7 @@ def sweep(
         experiment = override(experiment, assignment)
     if seeds is not None:
         experiment = replace(experiment, seeds=_seeds(seeds))
-    done, failed = sweeping.sweep(experiment, over, root=root, tell=say)
-    for folder in done.values():
-        after(folder, mode)
+    done, failed = sweeping.sweep(experiment, over, root=root, tell=say, ended=lambda folder: after(folder, mode))
     say(sweeping.sweep_table(done))
     say("\n".join(f"{folder.path}  {label}" for label, folder in done.items()))
     if failed:
@@ -356,13 +354,12 @@ def _load(path: Path, seed: int | None) -> Run:
 
 
 def _finish(run: Run, wandb: str) -> None:
-    """Print the results table, then the run folder alone on the last line; mirror the run before."""
+    """Print the results table, mirror the run, then print the run folder alone on the last line."""
     from pluralprefs.results import results_table
-
-    after(run.folder, wandb)
 
     metrics = run.folder.table("metrics")
     say(results_table(metrics) if metrics.height else "no comparison is held out for testing, so there are no metrics")
+    after(run.folder, wandb)
     say(str(run.folder.path))
 
 

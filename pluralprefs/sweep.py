@@ -8,7 +8,7 @@ One that is running, here or on another host, is left alone.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import product
 from pathlib import Path
 
@@ -52,12 +52,19 @@ def combinations(over: Sequence[str]) -> list[tuple[str, ...]]:
 
 
 def sweep(
-    experiment: Experiment, over: Sequence[str], *, root: Path | str = "runs", tell: Tell, progress: bool = True
+    experiment: Experiment,
+    over: Sequence[str],
+    *,
+    root: Path | str = "runs",
+    tell: Tell,
+    progress: bool = True,
+    ended: Callable[[RunFolder], None] | None = None,
 ) -> tuple[dict[str, RunFolder], dict[str, str]]:
     """Run every combination, and return the finished runs and the errors of the others, both by their settings.
 
     An unknown setting is an error before anything is run; a run that fails does not stop the others. One that is
     running, or was running on another host, is in neither: `tell` hears where it is.
+    `ended` gets each run that was made or continued here, as soon as it is done.
     """
     planned = {}
     for assignments in combinations(over):
@@ -69,12 +76,15 @@ def sweep(
     for number, (label, changed) in enumerate(planned.items(), start=1):
         tell(f"{number} of {len(planned)}: {label}")
         try:
-            done[label] = _one(changed, Path(root), tell, progress)
+            done[label], new = _one(changed, Path(root), tell, progress)
         except StillRunning as error:
             tell(f"left alone: {error}")
         except (ValueError, TypeError, OSError, FloatingPointError) as error:
             failed[label] = " ".join(f"{type(error).__name__}: {error}".split())
             tell(f"failed: {failed[label]}")
+        else:
+            if new and ended is not None:
+                ended(done[label])
     return done, failed
 
 
@@ -88,20 +98,20 @@ def sweep_table(done: dict[str, RunFolder]) -> str:
     return results_table(rows) if rows.height else "no run has results"
 
 
-def _one(experiment: Experiment, root: Path, tell: Tell, progress: bool) -> RunFolder:
+def _one(experiment: Experiment, root: Path, tell: Tell, progress: bool) -> tuple[RunFolder, bool]:
     """The run of an experiment: the one that is done, the one that was stopped, continued, or a new one.
 
-    Raises StillRunning where it is being made elsewhere.
+    With it, whether anything was done here. Raises StillRunning where it is being made elsewhere.
     """
     table = experiment.data()
     earlier = _earlier(experiment, root, table)
     if earlier is None:
-        return launch.run(experiment, root=root, tell=tell, progress=progress, table=table).folder
+        return launch.run(experiment, root=root, tell=tell, progress=progress, table=table).folder, True
     if earlier.status == "done":
         tell(f"{earlier.path}: done before")
-        return earlier
+        return earlier, False
     earlier.refuse_running()
-    return launch.resume(earlier.path, tell=tell, progress=progress, table=table).folder
+    return launch.resume(earlier.path, tell=tell, progress=progress, table=table).folder, True
 
 
 def _earlier(experiment: Experiment, root: Path, table: pl.DataFrame) -> RunFolder | None:

@@ -49,9 +49,14 @@ def push(
 
 
 def chosen(mode: str | None) -> str:
-    """Return the mode that was asked for, else that of PLURALPREFS_WANDB, else offline; ValueError for another word."""
+    """Return the mode that was asked for, else that of PLURALPREFS_WANDB, else offline; ValueError for another word.
+
+    WANDB_MODE=disabled is off for all that is not asked for on the command line.
+    """
     from pluralprefs.registry.wandb_mirror import MODES
 
+    if mode is None and os.environ.get("WANDB_MODE") == "disabled":
+        return "off"
     asked = mode or os.environ.get(DEFAULT) or "offline"
     if asked not in MODES:
         raise ValueError(f"{'--wandb' if mode else DEFAULT} {asked!r}: one of {', '.join(MODES)}")

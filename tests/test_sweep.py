@@ -52,15 +52,18 @@ def launched(monkeypatch):
 
 
 def test_a_sweep_runs_what_is_missing_and_only_that(experiment, launched, tmp_path):
-    root, told = tmp_path / "runs", []
-    first = partial(sweep.sweep, experiment, root=root, tell=told.append, progress=False)
+    root, told, ended = tmp_path / "runs", [], []
+    note = lambda folder: ended.append((len(launched), folder.path))  # noqa: E731
+    first = partial(sweep.sweep, experiment, root=root, tell=told.append, progress=False, ended=note)
     done, failed = first(["model.rank=1,13,2"])
     assert list(done) == ["model.rank=1", "model.rank=2"]
     assert "loss is nan" in failed["model.rank=13"]
     assert launched == [("run", 1), ("run", 13), ("run", 2)]
+    assert ended == [(1, done["model.rank=1"].path), (3, done["model.rank=2"].path)], "each before the next begins"
     launched.clear()
     again, _ = first(["model.rank=2,13,4"])
     assert launched == [("resume", 13), ("run", 4)]
+    assert ended[2:] == [(2, again["model.rank=4"].path)]
     assert again["model.rank=2"].path == done["model.rank=2"].path
     assert any("done before" in line for line in told)
     text = sweep.sweep_table(again)

@@ -13,7 +13,7 @@ from test_plots import metric_rows, predictions
 from test_profile_plots import FOUR, weights
 from typer.testing import CliRunner
 
-from pluralprefs import registry
+from pluralprefs import cli, registry
 from pluralprefs.cli import app
 from pluralprefs.registry import wandb_mirror
 from pluralprefs.registry.wandb_mirror import calibration_rows, config, group, history, metric_name
@@ -238,6 +238,9 @@ def test_the_mode_is_asked_for_or_offline_and_online_needs_a_login(tmp_path, mon
     assert chosen(None) == "offline"
     monkeypatch.setenv("PLURALPREFS_WANDB", "off")
     assert (chosen(None), chosen("online")) == ("off", "online")
+    monkeypatch.setenv("PLURALPREFS_WANDB", "online")
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    assert (chosen(None), chosen("offline")) == ("off", "offline")
     with pytest.raises(ValueError, match="--wandb 'on': one of online, offline, off"):
         chosen("on")
     for variable in ("WANDB_API_KEY", "WANDB_BASE_URL"):
@@ -247,6 +250,14 @@ def test_the_mode_is_asked_for_or_offline_and_online_needs_a_login(tmp_path, mon
     (tmp_path / "netrc").write_text("machine api.wandb.ai login user password x\n")
     (tmp_path / "netrc").chmod(0o600)
     assert wandb_mirror.logged_in()
+
+
+def test_results_are_printed_before_the_mirror_and_the_folder_last(run, monkeypatch, capsys):
+    monkeypatch.setattr(cli, "after", lambda folder, mode: print(f"mirrored {mode}"))
+    cli._finish(SimpleNamespace(folder=run), "offline")
+    *table, mirrored, last = capsys.readouterr().out.splitlines()
+    assert any("length only" in line for line in table)
+    assert (mirrored, last) == ("mirrored offline", str(run.path))
 
 
 def test_a_mirror_that_fails_is_a_warning_and_off_does_nothing(run, monkeypatch, capsys):
