@@ -64,12 +64,12 @@ def tiny_decoder(kind: str, *, seed: int = 7, **changes: Any) -> Any:
     return model
 
 
-def save_tokenizer(folder: Path, **options: Any) -> None:
-    """A tokenizer of whole words that opens every text with <s>, as Llama's does."""
+def save_tokenizer(folder: Path, words: list[str] = WORDS, **options: Any) -> None:
+    """A tokenizer of whole words that opens every text with <s>, as Llama's does; further special tokens follow."""
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
-    tokenizer = Tokenizer(models.WordLevel({word: at for at, word in enumerate(WORDS)}, unk_token="<unk>"))
+    tokenizer = Tokenizer(models.WordLevel({word: at for at, word in enumerate(words)}, unk_token="<unk>"))
     # Spaces divide words and are dropped; a line break is a word.
     divide = [("removed", " "), ("isolated", "\n")]
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(sign, how) for how, sign in divide])

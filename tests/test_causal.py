@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import polars as pl
 import pytest
-from record_decoders import FIXTURES, example_tokens, save_tokenizer
+from record_decoders import FIXTURES, VOCABULARY, WORDS, example_tokens, save_tokenizer
 
 from pluralprefs import encoders
 from pluralprefs.encoders.cache import encode_items, encode_texts
@@ -36,7 +36,7 @@ def folder(tmp_path_factory) -> Path:
     return path
 
 
-def words(encoder: CausalEncoder, text: Text) -> str:
+def words_of(encoder: CausalEncoder, text: Text) -> str:
     return " ".join(encoder.renderer.tokenizer.convert_ids_to_tokens(encoder.renderer([text])[0].ids))
 
 
@@ -67,11 +67,11 @@ def test_texts_are_encoded_alike_in_any_batch_and_kept(folder, tmp_path):
 
 def test_prompt_and_response_are_one_sequence_with_one_opening_token(folder):
     encoder = CausalEncoder.load(folder, max_length=8)
-    assert words(encoder, Text("tea ?", "good")) == "<s> tea ? \n good"
+    assert words_of(encoder, Text("tea ?", "good")) == "<s> tea ? \n good"
     assert encoder.renderer([Text("tea ?", "good")])[0].segment == [0] * 5
     assert encoder.renderer([Text("tea ?", "good")])[0].prompt_end == 2
-    assert words(encoder, Text("a b c d e f", "tea good")) == "<s> c d e f \n tea good"
-    assert words(encoder, Text(None, "tea")) == "<s> tea"
+    assert words_of(encoder, Text("a b c d e f", "tea good")) == "<s> c d e f \n tea good"
+    assert words_of(encoder, Text(None, "tea")) == "<s> tea"
 
 
 def test_a_chat_template_is_applied_once_with_one_opening_token(folder, tmp_path):
@@ -79,9 +79,50 @@ def test_a_chat_template_is_applied_once_with_one_opening_token(folder, tmp_path
     shutil.copytree(folder, chat)
     save_tokenizer(chat, chat_template=TEMPLATE)
     encoder = CausalEncoder.load(chat, max_length=32)
-    assert words(encoder, Text("tea ?", "good")) == "<s> user : tea ? </s> assistant : good </s>"
-    assert words(encoder, Text("tea ?", None)) == "<s> user : tea ? </s> assistant :"
+    assert words_of(encoder, Text("tea ?", "good")) == "<s> user : tea ? </s> assistant : good </s>"
+    assert words_of(encoder, Text("tea ?", None)) == "<s> user : tea ? </s> assistant :"
     assert encoder.identity["template"] is True
+
+
+DATED = """  {% if true %}
+On {% endif %}
+{% if not date_string is defined %}
+    {%- set date_string = strftime_now("%d %b %Y") %}
+{%- endif %}
+  {% if true %}
+{{ date_string }} {{ strftime_now("%Y-%m-%d %-d %B") }}
+  {% endif %}
+"""
+
+
+@pytest.mark.parametrize("shown", [DATED, DATED.replace("date_string", "day")])
+def test_a_template_prints_one_date_on_every_day(shown, folder, tmp_path, monkeypatch):
+    from transformers.utils import chat_template_utils
+
+    path = tmp_path / "dated"
+    shutil.copytree(folder, path)
+    save_tokenizer(path, chat_template=shown + TEMPLATE)
+    renderer = encoders.load(path, max_length=32).renderer
+    found = [renderer._conversation(Text("tea ?", "good"))]
+    monkeypatch.setattr(chat_template_utils, "datetime", None)  # where its clock is
+    found.append(renderer._conversation(Text("tea ?", "good")))
+    assert found[0] == found[1]
+    assert found[0][0].startswith("On 26 Jul 2024 2024-07-26 26 July\n<s> user : tea ?")
+    assert renderer.identity["date"] == "2024-07-26"
+    assert "date" not in CausalEncoder.load(folder).renderer.identity
+
+
+def test_a_token_that_only_the_tokenizer_knows_is_refused_in_a_text_and_named(folder, tmp_path):
+    """Gemma 3's tokenizer has one special token, for images, that its text model lacks."""
+    path = tmp_path / "surplus"
+    shutil.copytree(folder, path)
+    words = [*WORDS, *(f"word {at}" for at in range(len(WORDS), VOCABULARY))]
+    save_tokenizer(path, words, additional_special_tokens=["<image_soft_token>"])
+    encoder = encoders.load(path, max_length=16)
+    assert len(encoder.renderer.tokenizer) == VOCABULARY + 1
+    assert words_of(encoder, Text("tea ?", "good")) == "<s> tea ? \n good"
+    with pytest.raises(EncoderError, match="'<image_soft_token>' \\(id 48\\), but the model knows 48 tokens"):
+        encoder.renderer([Text("tea", "good"), Text("tea", "good <image_soft_token> tea")])
 
 
 @pytest.mark.parametrize(
@@ -90,7 +131,7 @@ def test_a_chat_template_is_applied_once_with_one_opening_token(folder, tmp_path
         ({"model_type": "mamba"}, {}, "model_type 'mamba' is not one of bert, roberta, xlm-roberta, distilbert, llama"),
         ({}, {"pooling": "cls"}, "pooling 'cls' is not computed here; give pooling='last' or 'mean'"),
         ({}, {"max_length": 65}, "max_length 65 exceeds the model's 64 positions"),
-        ({"vocab_size": 9}, {}, "they belong to different models"),
+        ({"vocab_size": 9}, {}, r"embed_tokens.* is \(48, 16\), config.json says \(9, 16\)"),
     ],
 )
 def test_what_an_encoder_cannot_do_is_an_error(config, options, message, folder, tmp_path):

@@ -218,9 +218,7 @@ class BertEncoder:
         return {
             "encoder": "bert",
             "weights": self.weights,
-            "tokenizer": self.renderer.digest,
-            "template": self.renderer.template,
-            "max_length": self.renderer.max_length,
+            **self.renderer.identity,
             "pooling": self.pooling,
             "normalise": self.normalise,
             "dtype": self.dtype,

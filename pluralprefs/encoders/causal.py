@@ -71,8 +71,9 @@ class CausalEncoder:
         config = DecoderConfig.read(folder)
         found, normalised = read_pooling(folder, pooling, ("last", "mean"))
         length = max_length or min(256, config.positions)
-        renderer = Renderer.load(folder, max_length=length, segments=1, joined=True)
-        _check_sizes(folder, config, renderer)
+        if length > config.positions:
+            raise EncoderError(f"{folder}: max_length {length} exceeds the model's {config.positions} positions")
+        renderer = Renderer.load(folder, max_length=length, segments=1, joined=True, vocabulary=config.vocabulary)
         loaded = read_decoder(folder, head=head, dtype=dtype, remat=remat, mesh=mesh, rules=rules)
         return cls(
             params=loaded.params,
@@ -94,9 +95,7 @@ class CausalEncoder:
         return {
             "encoder": self.model_type,
             "weights": self.weights,
-            "tokenizer": self.renderer.digest,
-            "template": self.renderer.template,
-            "max_length": self.renderer.max_length,
+            **self.renderer.identity,
             "pooling": self.pooling,
             "normalise": self.normalise,
             "dtype": self.dtype,
@@ -110,16 +109,3 @@ class CausalEncoder:
         """Encode Tokens [batch, length] as Item with embedding [batch, dim], in float32."""
         embedding = pool(self.hidden(tokens).astype(jnp.float32), jnp.asarray(tokens.mask), self.pooling)
         return Item(embedding=l2_normalise(embedding) if self.normalise else embedding)
-
-
-def _check_sizes(folder: Path, config: DecoderConfig, renderer: Renderer) -> None:
-    """Sizes are compared before anything runs: an id out of range would give NaN, without a name."""
-    if renderer.max_length > config.positions:
-        raise EncoderError(
-            f"{folder}: max_length {renderer.max_length} exceeds the model's {config.positions} positions"
-        )
-    if len(renderer.tokenizer) > config.vocabulary:
-        raise EncoderError(
-            f"{folder}: the tokenizer has {len(renderer.tokenizer)} tokens, the model {config.vocabulary}; "
-            "they belong to different models"
-        )

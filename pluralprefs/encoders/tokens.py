@@ -6,7 +6,8 @@ Rendering. Where the tokenizer has a chat template, a conversation is rendered b
 remains. Elsewhere (the BERT family) prompt and response are the tokenizer's own pair of segments,
 `[CLS] prompt [SEP] response [SEP]`; a prompt or a response by itself, or a response whose prompt is empty, is one
 segment. A decoder without a template reads prompt, line break and response as one sequence. A message list becomes text
-as follows: one message is its content; several are lines `role: content`.
+as follows: one message is its content; several are lines `role: content`. A template that prints today's date (Llama
+3.x) prints `TODAY` instead, so that a text has the same features on any day.
 
 Truncation. The prompt loses tokens from the LEFT, so that the response and the question just before it survive. Only
 a response that alone exceeds the budget is cut, on the right.
@@ -19,6 +20,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from datetime import date
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -32,6 +35,12 @@ Content = str | Sequence[Message]
 
 BUCKETS = (16, 32, 48, 64, 96, 128, 192, 256)
 TOKENIZER_FILES = ("tokenizer.json", "vocab.txt", "vocab.json", "merges.txt", "added_tokens.json")
+TODAY = date(2024, 7, 26)  # what Llama 3.1's own template prints unless it is told the date
+# A template's clock is a function of Python's, which a caller cannot replace; a macro of its name goes before it.
+SAID = {f"%{code}": TODAY.strftime(f"%{code}") for code in "aAbBdHIjmMpSyY"}
+SAID |= {f"%-{code}": SAID[f"%{code}"].lstrip("0") or "0" for code in "dHIjmMSy"}
+PUT = "".join(f".replace('{code}', '{said}')" for code, said in SAID.items())
+CLOCK = "{% macro strftime_now(format) %}{{ format" + PUT + " }}{% endmacro %}\n"
 TOKENIZER_SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 
 
@@ -76,13 +85,29 @@ class Renderer:
     pair: Frame = field(compare=False)
     template: bool
     segments: int = 2
+    vocabulary: int | None = None
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """All that decides the tokens of a text."""
+        known = {"tokenizer": self.digest, "template": self.template, "max_length": self.max_length}
+        return known | ({"date": TODAY.isoformat()} if self.template else {})
 
     @classmethod
-    def load(cls, folder: Path, *, max_length: int = 256, segments: int = 2, joined: bool = False) -> Renderer:
+    def load(
+        cls,
+        folder: Path,
+        *,
+        max_length: int = 256,
+        segments: int = 2,
+        joined: bool = False,
+        vocabulary: int | None = None,
+    ) -> Renderer:
         """Read the tokenizer of a model's folder. No code from the folder is run.
 
         `segments` is 2 for models that tell prompt and response apart by segment. `joined` makes them one sequence
-        without special tokens between them, as decoders read it.
+        without special tokens between them, as decoders read it. `vocabulary` is the number of tokens that the model
+        knows: the tokenizer may know more (Gemma 3's has one for images), but a text with one of those is refused.
         """
         from transformers import AutoTokenizer
 
@@ -100,19 +125,32 @@ class Renderer:
             pair=single._replace(between=line) if joined else _frame(tokenizer, "a", "a"),
             template=bool(getattr(tokenizer, "chat_template", None)),
             segments=segments,
+            vocabulary=vocabulary,
         )
         if max_length < renderer.pair.size + 2:
             raise EncoderError(f"max_length {max_length}: the special tokens alone take {renderer.pair.size}")
         return renderer
 
     def __call__(self, texts: Sequence[Text]) -> list[Rendered]:
-        """Render, truncate and tokenise texts, in their order."""
+        """Render, truncate and tokenise texts, in their order; EncoderError for a token unknown to the model."""
         chats = [self.template and bool(text.prompt) for text in texts]
         prompts, responses = zip(*map(self._parts, texts, chats), strict=True) if texts else ((), ())
         rows = zip(chats, self._ids(prompts), self._ids(responses), strict=True)
         return [
-            self._chat(prompt, response) if chat else self._join(prompt, response) for chat, prompt, response in rows
+            self._known(self._chat(prompt, response) if chat else self._join(prompt, response))
+            for chat, prompt, response in rows
         ]
+
+    def _known(self, rendered: Rendered) -> Rendered:
+        """An id out of range would read another token's row, or give NaN, without a word."""
+        largest = max(rendered.ids, default=0)
+        if self.vocabulary is not None and largest >= self.vocabulary:
+            token = self.tokenizer.convert_ids_to_tokens(largest)
+            raise EncoderError(
+                f"a text holds the token {token!r} (id {largest}), but the model knows {self.vocabulary} tokens: "
+                "take it out of the texts, or bring the model's own tokenizer"
+            )
+        return rendered
 
     def _parts(self, text: Text, chat: bool) -> tuple[str, str]:
         if text.prompt is None and text.response is None:
@@ -124,7 +162,10 @@ class Renderer:
     def _conversation(self, text: Text) -> tuple[str, str]:
         """Apply the chat template once; the part of the whole that the prompt alone renders to is the prompt."""
         prompt = messages(text.prompt or "", role="user")
-        apply = self.tokenizer.apply_chat_template
+        apply = partial(self.tokenizer.apply_chat_template, date_string=TODAY.strftime("%d %b %Y"))
+        template = self.tokenizer.get_chat_template()
+        if "strftime_now" in template:
+            apply = partial(apply, chat_template=CLOCK + template)
         rendered = apply(prompt, tokenize=False, add_generation_prompt=True)
         if text.response is None:
             return rendered, ""
