@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import polars as pl
 import pytest
+from huggingface_hub.utils import filter_repo_objects
 from safetensors.numpy import load_file, save_file
 
 from pluralprefs import encoders
@@ -310,6 +311,7 @@ def test_sentence_transformers_files_decide_pooling_and_norm(tmp_path):
         ({"intermediate_size": 23}, "config.json says"),
         ({"max_position_embeddings": 16}, "16 positions"),
         ({"vocab_size": 9}, "different models"),
+        ({"model_type": "roberta", "pad_token_id": None}, "pad_token_id is null, but positions are counted from it"),
     ],
 )
 def test_a_config_that_is_not_computed_exactly_is_an_error(config, message, tmp_path):
@@ -372,6 +374,30 @@ def test_minilm_from_the_hub_is_verified_too(monkeypatch, tmp_path):
         encoders.load("minilm")
     monkeypatch.setattr(weights, "MINILM_SHA256", weights.digest([FIXTURES / "bert" / "model.safetensors"]))
     assert encoders.load("minilm", max_length=32).dim == 16
+
+
+def test_a_download_that_was_interrupted_goes_on(monkeypatch, tmp_path):
+    asked = []
+
+    def snapshot(repository, *, allow_patterns, ignore_patterns, local_files_only=False):
+        files = ["a.safetensors", "consolidated.00.safetensors", "original/consolidated.safetensors", "original/a.json"]
+        assert list(filter_repo_objects(files, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns)) == [
+            "a.safetensors"
+        ]
+        asked.append(local_files_only)
+        return str(tmp_path)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)
+    shards = [f"model-0000{part}-of-00002.safetensors" for part in (1, 2)]
+    index = {"weight_map": dict(zip("ab", shards, strict=True))}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    for name in ("config.json", *shards):
+        assert weights.find("owner/name") == tmp_path
+        assert asked == [True, False], "not whole yet"
+        asked.clear()
+        (tmp_path / name).write_text("")
+    assert weights.find("owner/name") == tmp_path
+    assert asked == [True]
 
 
 def test_names_and_folders_that_do_not_exist_are_errors(monkeypatch, tmp_path):

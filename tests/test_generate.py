@@ -35,6 +35,14 @@ def test_greedy_continuations_are_those_of_transformers_on_either_side_of_paddin
         found = generate(loaded, prompts(side), new=expected.shape[1], end=END)
         np.testing.assert_array_equal(found.ids, expected)
         np.testing.assert_array_equal(found.mask, np.cumsum(expected == 2, 1) - (expected == 2) == 0)
+    tokens = prompts()
+    alone = tokens.replace(mask=tokens.mask.at[1].set(False))
+    for end in ((2,), (int(expected[1, 0]),)):  # a row of padding only: as if it were not there
+        found, whole = (generate(loaded, given, new=expected.shape[1], end=end) for given in (alone, tokens))
+        assert not found.mask[1].any()
+        for name in ("ids", "mask"):
+            one, other = (np.delete(getattr(each, name), 1, axis=0) for each in (found, whole))
+            np.testing.assert_array_equal(one, other)
     last = int(expected[0, 2])
     ended = generate(loaded, prompts(), new=expected.shape[1], end=(last,))
     stops = [list(row).index(last) + 1 if last in row else len(row) for row in expected]

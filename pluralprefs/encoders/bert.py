@@ -89,6 +89,10 @@ class BertConfig:
         kind = raw.get("model_type")
         if kind not in NAMES:
             raise EncoderError(f"{path}: model_type {kind!r} is not one of {sorted(NAMES)}; use a BERT-family model")
+        if raw.get("pad_token_id", 1) is None and kind in ("roberta", "xlm-roberta"):
+            raise EncoderError(
+                f"{path}: pad_token_id is null, but positions are counted from it; write the model's own"
+            )
         try:
             config = _read_distilbert(raw) if kind == "distilbert" else _read_bert(raw)
         except KeyError as error:

@@ -57,7 +57,7 @@ def generate(
     end: tuple[int, ...] = (),
     key: Key | None = None,
 ) -> Continuation:
-    """Continue every row by at most `new` tokens, until it has given a token of `end`.
+    """Continue every row by at most `new` tokens, until it has given a token of `end`. A row of padding gives nothing.
 
     At temperature 0 the likeliest token is taken. Above it tokens are drawn, with `key`, from the softmax of
     logits / temperature, kept to the fewest likeliest tokens whose probabilities reach `top_p`. Raises ValueError for
@@ -113,7 +113,7 @@ def _generate(
     first = jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]
     following = jnp.take_along_axis(places.position, last[:, None], axis=1)[:, 0] + 1
     nothing = jnp.zeros((batch, new), jnp.int32)
-    state = _State(jnp.int32(0), model.logits(first), memory, following, jnp.zeros(batch, bool), nothing, nothing > 0)
+    state = _State(jnp.int32(0), model.logits(first), memory, following, ~mask.any(axis=1), nothing, nothing > 0)
 
     def unfinished(state: _State) -> Bool[Array, ""]:
         return (state.step < new) & ~jnp.all(state.done)

@@ -24,6 +24,7 @@ MINILM_REPOSITORY = "sentence-transformers/all-MiniLM-L6-v2"
 MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 WEIGHTS = "model.safetensors"
 DATA_FILES = ("*.safetensors", "*.safetensors.index.json", "*.json", "*.txt", "*.jinja")
+OTHER_FORMATS = ("consolidated*", "original/*")  # the same weights once more, under names that nothing here reads
 
 
 class EncoderError(ValueError):
@@ -150,7 +151,7 @@ def _from_hub(repository: str) -> Path:
     if cached is not None:
         return cached
     try:
-        return Path(snapshot_download(repository, allow_patterns=list(DATA_FILES)))
+        return Path(snapshot_download(repository, **_patterns()))
     except (HfHubHTTPError, HFValidationError, httpx.HTTPError, OSError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise EncoderError(
@@ -159,12 +160,17 @@ def _from_hub(repository: str) -> Path:
 
 
 def _cached(repository: str) -> Path | None:
-    """The snapshot in the hub cache, if it holds weights (it may hold no more than a tokenizer)."""
+    """The snapshot in the hub cache, if it is whole: it may hold no more than a tokenizer, or some of the shards."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
     try:
-        folder = Path(snapshot_download(repository, allow_patterns=list(DATA_FILES), local_files_only=True))
-    except (LocalEntryNotFoundError, HFValidationError):
+        folder = Path(snapshot_download(repository, **_patterns(), local_files_only=True))
+        weight_files(folder)
+    except (LocalEntryNotFoundError, HFValidationError, EncoderError):
         return None
-    return folder if any(folder.glob("*.safetensors")) else None
+    return folder if (folder / "config.json").is_file() else None
+
+
+def _patterns() -> dict[str, list[str]]:
+    return {"allow_patterns": list(DATA_FILES), "ignore_patterns": list(OTHER_FORMATS)}
