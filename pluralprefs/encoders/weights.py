@@ -23,8 +23,8 @@ MINILM_VERSION = "0.1.0"
 MINILM_REPOSITORY = "sentence-transformers/all-MiniLM-L6-v2"
 MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 WEIGHTS = "model.safetensors"
-DATA_FILES = ("*.safetensors", "*.safetensors.index.json", "*.json", "*.txt", "*.jinja")
-OTHER_FORMATS = ("consolidated*", "original/*")  # the same weights once more, under names that nothing here reads
+DATA_FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.txt", "*.jinja"]
+OTHER_FORMATS = ["consolidated*", "original/*"]  # the same weights once more, under names that nothing here reads
 
 
 class EncoderError(ValueError):
@@ -151,7 +151,7 @@ def _from_hub(repository: str) -> Path:
     if cached is not None:
         return cached
     try:
-        return Path(snapshot_download(repository, **_patterns()))
+        return Path(snapshot_download(repository, allow_patterns=DATA_FILES, ignore_patterns=OTHER_FORMATS))
     except (HfHubHTTPError, HFValidationError, httpx.HTTPError, OSError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise EncoderError(
@@ -165,12 +165,12 @@ def _cached(repository: str) -> Path | None:
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
     try:
-        folder = Path(snapshot_download(repository, **_patterns(), local_files_only=True))
+        folder = Path(
+            snapshot_download(
+                repository, allow_patterns=DATA_FILES, ignore_patterns=OTHER_FORMATS, local_files_only=True
+            )
+        )
         weight_files(folder)
     except (LocalEntryNotFoundError, HFValidationError, EncoderError):
         return None
     return folder if (folder / "config.json").is_file() else None
-
-
-def _patterns() -> dict[str, list[str]]:
-    return {"allow_patterns": list(DATA_FILES), "ignore_patterns": list(OTHER_FORMATS)}
