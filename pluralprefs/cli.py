@@ -36,6 +36,11 @@ MODELS = (
     "bradley_terry, bradley_terry_mlp, individual, low_rank, lore, ideal_point, ideal_direction or attribute_attention."
 )
 Root = Annotated[Path, typer.Option("--root", help="Folder of run folders.")]
+RUNS = Path("runs")
+Named = Annotated[str, typer.Argument(help="Run folder, its name, or a part that no other name in --root has.")]
+Source = Annotated[
+    str, typer.Argument(help="An experiment file that defines `experiment`, or a run: folder, name or part of one.")
+]
 Seed = Annotated[int | None, typer.Option("--seed", help="Which of the run's fits; the first by default.")]
 Set = Annotated[list[str] | None, typer.Option("--set", help="Override a part: --set model.prototypes=8")]
 Seeds = Annotated[str | None, typer.Option("--seeds", help="Seeds, for example 0,1,2")]
@@ -44,12 +49,12 @@ Seeds = Annotated[str | None, typer.Option("--seeds", help="Seeds, for example 0
 @app.command(epilog="Example: pluralprefs train experiments/ukpconvarg1.py --only ideal_point --seeds 0,1,2")
 @plainly
 def train(
-    source: Annotated[Path, typer.Argument(help="An experiment file that defines `experiment`, or a run folder.")],
+    source: Source,
     assignments: Set = None,
     seeds: Seeds = None,
     only: Annotated[str | None, typer.Option(help="Names of experiments, where the file has several: a,b")] = None,
     root: Annotated[Path | None, typer.Option("--root", help="Folder of run folders.", show_default="runs")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Continue the run folder SOURCE where it stopped.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue the run SOURCE where it stopped.")] = False,
     wandb: Mirror = None,
     debug: Annotated[bool, typer.Option(help="Show tracebacks.")] = False,
 ) -> None:
@@ -58,32 +63,33 @@ def train(
 
     from pluralprefs import launch
     from pluralprefs.describe import override
+    from pluralprefs.registry import find_run
 
     mode = chosen(wandb)
     if resume:
         if assignments or seeds is not None or only or root is not None:
             raise ValueError("--resume goes on in the run's own folder with the recorded experiment: leave out --set, "
                              "--seeds, --only and --root")  # fmt: skip
-        _finish(launch.resume(source, tell=say), mode)
+        _finish(launch.resume(find_run(source, RUNS).path, tell=say), mode)
         return
-    experiments = _experiments(source, only)
+    experiments = _experiments(source, only, root or RUNS)
     for assignment in assignments or ():
         experiments = [override(experiment, assignment) for experiment in experiments]
     if seeds is not None:
         experiments = [replace(experiment, seeds=_seeds(seeds)) for experiment in experiments]
     for experiment in experiments:
-        _finish(launch.run(experiment, root=root or Path("runs"), tell=say), mode)
+        _finish(launch.run(experiment, root=root or RUNS, tell=say), mode)
 
 
 @app.command(epilog="Example: pluralprefs sweep experiments/ukp_ideal_point.py --over model.prototypes=1,2,4,8")
 @plainly
 def sweep(
-    source: Annotated[Path, typer.Argument(help="An experiment file that defines `experiment`, or a run folder.")],
+    source: Source,
     over: Annotated[list[str], typer.Option(help="Setting and values: model.prototypes=1,2,4; again for a grid.")],
     assignments: Set = None,
     seeds: Seeds = None,
     only: Annotated[str | None, typer.Option(help="Name of the experiment, where the file has several.")] = None,
-    root: Root = Path("runs"),
+    root: Root = RUNS,
     wandb: Mirror = None,
     debug: Annotated[bool, typer.Option(help="Show tracebacks.")] = False,
 ) -> None:
@@ -93,7 +99,7 @@ def sweep(
     from pluralprefs import sweep as sweeping
     from pluralprefs.describe import override
 
-    mode, experiments = chosen(wandb), _experiments(source, only)
+    mode, experiments = chosen(wandb), _experiments(source, only, root)
     if len(experiments) > 1:
         raise ValueError(f"{source}: has several experiments; choose one with --only")
     [experiment] = experiments
@@ -119,7 +125,7 @@ def fit(
     ] = None,
     assignments: Set = None,
     seeds: Seeds = None,
-    root: Root = Path("runs"),
+    root: Root = RUNS,
     user_column: Annotated[str, typer.Option(help="Column of user ids.")] = "user_id",
     community_column: Annotated[str, typer.Option(help="Column of communities.")] = "community_id",
     prompt_column: Annotated[str, typer.Option(help="Column of prompts.")] = "prompt",
@@ -143,8 +149,9 @@ def fit(
 @app.command(epilog="Example: pluralprefs evaluate runs/2026-... --data new.jsonl")
 @plainly
 def evaluate(
-    run: Annotated[Path, typer.Argument(help="Run folder.")],
+    run: Named,
     data: Annotated[Path, typer.Option(help="Comparisons to evaluate on.")],
+    root: Root = RUNS,
     seed: Seed = None,
     json: Annotated[bool, typer.Option("--json", help="Metric rows as JSON lines.")] = False,
     debug: Annotated[bool, typer.Option(help="Show tracebacks.")] = False,
@@ -152,7 +159,7 @@ def evaluate(
     """Every metric, baseline and control on other data."""
     from pluralprefs.results import results_table
 
-    loaded = _load(run, seed)
+    loaded = _load(run, root, seed)
     rows = loaded.evaluate(loaded.read(data))
     if not rows.height:
         raise ValueError(f"{data}: nothing to test: its few pairs are all support of new users, or were trained on")
@@ -162,15 +169,16 @@ def evaluate(
 @app.command(epilog="Example: pluralprefs adapt runs/2026-... --comparisons new_user.jsonl --out user.safetensors")
 @plainly
 def adapt(
-    run: Annotated[Path, typer.Argument(help="Run folder.")],
+    run: Named,
     comparisons: Annotated[Path, typer.Option(help="Comparisons of one user or of many; an empty file is the prior.")],
     out: Annotated[Path, typer.Option(help="Where the user states go (one safetensors file).")],
     user_id: Annotated[str, typer.Option(help="Name of the user of a file without users.")] = "",
+    root: Root = RUNS,
     seed: Seed = None,
     debug: Annotated[bool, typer.Option(help="Show tracebacks.")] = False,
 ) -> None:
     """Adapt to new users from their comparisons, all in one call."""
-    loaded = _load(run, seed)
+    loaded = _load(run, root, seed)
     empty = not comparisons.read_bytes().strip()
     found = {} if empty else loaded.adapt(loaded.read(comparisons, allow_empty=True))
     name = loaded.known_as(user_id) if user_id else ""
@@ -191,17 +199,18 @@ def adapt(
 )
 @plainly
 def score(
-    run: Annotated[Path, typer.Argument(help="Run folder.")],
+    run: Named,
     data: Annotated[Path, typer.Option("--input", help="Pairs to score; no target needed.")],
     user: Annotated[Path | None, typer.Option(help="User states from `adapt`.")] = None,
     out: Annotated[Path | None, typer.Option(help="Where scores go (.jsonl, .csv, .parquet); else printed.")] = None,
+    root: Root = RUNS,
     seed: Seed = None,
     debug: Annotated[bool, typer.Option(help="Show tracebacks.")] = False,
 ) -> None:
     """Rewards, P(first) and uncertainty of each pair, and whose state was used."""
     from pluralprefs.data.files import write_frame
 
-    loaded = _load(run, seed)
+    loaded = _load(run, root, seed)
     table = loaded.read(data, labelled=False)
     users = loaded.load_users(user) if user else {}
     scores = loaded.score(_named(table, users), users)
@@ -220,7 +229,7 @@ def score(
 )
 @plainly
 def profile(
-    run: Annotated[Path, typer.Argument(help="Run folder of a family with attributes.")],
+    run: Named,
     community: Annotated[str | None, typer.Option(help='One, all by default; of --users ("" for none).')] = None,
     user: Annotated[str | None, typer.Option(help='A user of the training data, or "all"; needs kept rows.')] = None,
     users: Annotated[
@@ -229,6 +238,7 @@ def profile(
     kind: Annotated[
         str, typer.Option(help="preference, attention; of communities ablation, shapley (six attributes or fewer).")
     ] = "preference",
+    root: Root = RUNS,
     seed: Seed = None,
     out: Annotated[Path | None, typer.Option(help="Where all rows go (.jsonl, .csv, .parquet); else printed.")] = None,
     json: Annotated[bool, typer.Option("--json", help="All rows as JSON lines.")] = False,
@@ -239,14 +249,14 @@ def profile(
 
     from pluralprefs.data.files import write_frame
     from pluralprefs.profiles import over_seeds, profile_table
-    from pluralprefs.registry import open_run
+    from pluralprefs.registry import find_run
 
     if user is not None and (users is not None or community is not None):
         raise ValueError("--user names somebody of the training data: leave --users and --community out")
     if user is not None or users is not None:
-        rows = _user_profiles(run, user, users, community, seed)
+        rows = _user_profiles(_load(run, root, seed), user, users, community)
     else:
-        rows = open_run(run).table("attribute_weights")
+        rows = find_run(run, root).table("attribute_weights")
         rows = over_seeds(rows if seed is None else rows.filter(pl.col("seed") == seed))
         if community is not None:
             rows = rows.filter(community=community)
@@ -259,9 +269,8 @@ def profile(
         say(rows.write_ndjson().rstrip() if json else profile_table(rows, kind))
 
 
-def _user_profiles(run: Path, user: str | None, users: Path | None, community: str | None, seed: int | None) -> Any:
+def _user_profiles(loaded: Run, user: str | None, users: Path | None, community: str | None) -> Any:
     """Profiles of adapted users, or of those of the training data."""
-    loaded = _load(run, seed)
     if users is not None and community is None and bool((loaded.users.community_root > 0).any()):
         names = ", ".join(loaded.vocabulary.communities)
         raise ValueError(f"{users}: a user state does not say from which community the user departs; add --community "
@@ -282,7 +291,7 @@ def report(
     runs: Annotated[list[str], typer.Argument(help="Run folders, their names, or parts that no other name has.")],
     html: Annotated[Path, typer.Option(help="Where the page goes: one file, which loads nothing.")],
     title: Annotated[str, typer.Option(help="Heading of the page.")] = "Runs",
-    root: Root = Path("runs"),
+    root: Root = RUNS,
     debug: Annotated[bool, typer.Option(help="Show tracebacks.")] = False,
 ) -> None:
     """Write one page about runs: tables that sort, and pictures."""
@@ -314,20 +323,19 @@ def _named(table: pl.DataFrame, users: dict[str, Any]) -> pl.DataFrame:
     return table.with_columns(pl.col("user_id").fill_null(next(iter(users))))
 
 
-def _experiments(source: Path, only: str | None) -> list[Experiment]:
-    """The experiments of a file (`experiment`, or `experiments` by name) or of a run folder."""
+def _experiments(source: str, only: str | None, root: Path) -> list[Experiment]:
+    """The experiments of a file (`experiment`, or `experiments` by name) or of a run."""
     from pluralprefs.describe import resolve
     from pluralprefs.experiment import Experiment
-    from pluralprefs.registry import open_run
+    from pluralprefs.registry import find_run
 
-    named: Any = {}
-    if source.is_dir():
-        named = {"experiment": resolve(open_run(source).read()["experiment"])}
-    elif source.suffix == ".py" and source.exists():
-        defined = runpy.run_path(str(source))
-        named = defined.get("experiments", {name: defined[name] for name in ("experiment",) if name in defined})
+    if source.endswith(".py"):
+        if not Path(source).is_file():
+            raise ValueError(f"{source}: no such file")
+        defined = runpy.run_path(source)
+        named: Any = defined.get("experiments", {name: defined[name] for name in ("experiment",) if name in defined})
     else:
-        raise ValueError(f"{source}: neither an experiment file (.py) nor a run folder")
+        named = {"experiment": resolve(find_run(source, root).read()["experiment"])}
     if not named or not all(isinstance(found, Experiment) for found in named.values()):
         raise ValueError(f"{source}: defines no `experiment`; set experiment = Experiment(...)")
     wanted = only.split(",") if only else list(named)
@@ -347,10 +355,11 @@ def _seeds(text: str) -> tuple[int, ...]:
         raise ValueError(f"--seeds {text!r}: give different whole numbers with commas, for example 0,1,2") from None
 
 
-def _load(path: Path, seed: int | None) -> Run:
+def _load(name: str, root: Path, seed: int | None) -> Run:
+    from pluralprefs.registry import find_run
     from pluralprefs.run import load
 
-    return load(path, seed=seed)
+    return load(find_run(name, root).path, seed=seed)
 
 
 def _finish(run: Run, wandb: str) -> None:

@@ -188,6 +188,28 @@ def test_a_seed_or_a_root_that_is_not_there_is_said(fitted, tmp_path):
     assert "--root" in call("train", run, "--resume", "--root", tmp_path).output
 
 
+def test_a_run_may_be_named_by_a_part_of_its_name_everywhere(fitted, tmp_path, monkeypatch):
+    folder, run = fitted
+    part, data = run[-4:], write(folder / "named.jsonl", users=2, seed=6)
+    asked = []
+    monkeypatch.setattr("pluralprefs.cli._finish", lambda *_: None)
+    monkeypatch.setattr("pluralprefs.launch.run", lambda experiment, **_: asked.append(experiment.name))
+    monkeypatch.setattr("pluralprefs.launch.resume", lambda path, **_: asked.append(path))
+    for command in (
+        ["adapt", part, "--comparisons", data, "--out", tmp_path / "u.safetensors"], ["score", part, "--input", data],
+        ["evaluate", part, "--data", data], ["train", part],
+    ):  # fmt: skip
+        assert call(*command, "--root", folder / "runs").exit_code == 0, command
+        missing = call(*command, "--root", tmp_path)
+        assert missing.exit_code == 2
+        assert f"{part}: no run folder, and no run in {tmp_path} has this in its name" in missing.stderr
+    assert "has no table 'attribute_weights'" in call("profile", part, "--root", folder / "runs").stderr
+    monkeypatch.chdir(folder)
+    assert call("train", part, "--resume").exit_code == 0
+    assert asked == ["bradley_terry", Path("runs") / Path(run).name]
+    assert "absent.py: no such file" in call("train", "absent.py").stderr
+
+
 def test_score_falls_back_to_the_prior_and_says_so(tmp_path):
     data = write(tmp_path / "data.jsonl", community_id=lambda row: "even" if row % 2 else "odd")
     done = call("fit", data, "--model", "bradley_terry", "--encoder", "attributes", "--root", tmp_path / "runs",

@@ -260,9 +260,11 @@ def test_show_says_how_a_run_ended(tmp_path):
     assert json.loads(call("show", run.path, "--json").output)["experiment"] == {"rank": 3}
 
 
-def test_a_run_is_found_by_a_part_of_its_name(tmp_path):
+def test_a_run_is_found_by_a_part_of_its_name(tmp_path, monkeypatch):
     one, *_ = many(tmp_path, 2)
     assert registry.find_run("-m0-", tmp_path).path == one.path
+    monkeypatch.chdir(one.path)
+    assert registry.find_run(".").name == one.name
     for text, message in (("-d-", "2 runs"), ("nothing", "no run in"), ("../x", "no run in")):
         with pytest.raises(registry.RegistryError, match=message):
             registry.find_run(text, tmp_path)

@@ -71,7 +71,7 @@ def find_run(text: str, root: Path | str = "runs") -> RunFolder:
     Raises RegistryError where there is none or several, with their names.
     """
     if os.path.exists(os.path.join(text, "run.json")):
-        return open_run(text)
+        return open_run(os.path.abspath(text) if Path(text).name in ("", "..") else text)  # "." is no name
     names = read_runs(root)["run"].to_list()
     found = [name for name in names if name == text] or [name for name in names if text in name]
     if len(found) == 1:
