@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import polars as pl
@@ -11,11 +12,14 @@ from malformed import MALFORMED
 from tables import write
 from typer.testing import CliRunner
 
+from pluralprefs import registry
 from pluralprefs.cli import app
 from pluralprefs.data import comparisons
 from pluralprefs.data.files import DataError
-from pluralprefs.experiment import fingerprint
+from pluralprefs.describe import describe
+from pluralprefs.experiment import Experiment, fingerprint
 from pluralprefs.launch import fit
+from pluralprefs.models.bradley_terry import BradleyTerry
 
 
 def own_columns(path, **options):
@@ -188,25 +192,31 @@ def test_a_seed_or_a_root_that_is_not_there_is_said(fitted, tmp_path):
     assert "--root" in call("train", run, "--resume", "--root", tmp_path).output
 
 
-def test_a_run_may_be_named_by_a_part_of_its_name_everywhere(fitted, tmp_path, monkeypatch):
-    folder, run = fitted
-    part, data = run[-4:], write(folder / "named.jsonl", users=2, seed=6)
-    asked = []
-    monkeypatch.setattr("pluralprefs.cli._finish", lambda *_: None)
-    monkeypatch.setattr("pluralprefs.launch.run", lambda experiment, **_: asked.append(experiment.name))
-    monkeypatch.setattr("pluralprefs.launch.resume", lambda path, **_: asked.append(path))
+def test_a_run_may_be_named_by_a_part_of_its_name_everywhere(tmp_path, monkeypatch):
+    experiment = Experiment(data=partial(comparisons.read, "x"), model=BradleyTerry.init, name="m")
+    with registry.create(tmp_path / "runs", ("m", "d"), describe(experiment)) as run:
+        pass
+    part, asked = run.name[-4:], []
+
+    def found(what, *_, **__):
+        asked.append(what)
+        raise ValueError("asked for")
+
+    for name in ("run.load", "launch.run", "launch.resume"):
+        monkeypatch.setattr(f"pluralprefs.{name}", found)
     for command in (
-        ["adapt", part, "--comparisons", data, "--out", tmp_path / "u.safetensors"], ["score", part, "--input", data],
-        ["evaluate", part, "--data", data], ["train", part],
+        ["adapt", part, "--comparisons", "x", "--out", "y"], ["score", part, "--input", "x"],
+        ["evaluate", part, "--data", "x"], ["profile", part, "--user", "all"], ["train", part],
     ):  # fmt: skip
-        assert call(*command, "--root", folder / "runs").exit_code == 0, command
-        missing = call(*command, "--root", tmp_path)
-        assert missing.exit_code == 2
-        assert f"{part}: no run folder, and no run in {tmp_path} has this in its name" in missing.stderr
-    assert "has no table 'attribute_weights'" in call("profile", part, "--root", folder / "runs").stderr
-    monkeypatch.chdir(folder)
-    assert call("train", part, "--resume").exit_code == 0
-    assert asked == ["bradley_terry", Path("runs") / Path(run).name]
+        assert "asked for" in call(*command, "--root", tmp_path / "runs").stderr
+        none = f"{part}: no run folder, and no run in {tmp_path} has this in its name"
+        assert none in call(*command, "--root", tmp_path).stderr
+    assert asked[:-1] == [run.path] * 4
+    assert describe(asked[-1]) == describe(experiment)
+    assert "has no table 'attribute_weights'" in call("profile", part, "--root", tmp_path / "runs").stderr
+    monkeypatch.chdir(tmp_path)
+    assert "asked for" in call("train", part, "--resume").stderr
+    assert asked[-1] == Path("runs") / run.name
     assert "absent.py: no such file" in call("train", "absent.py").stderr
 
 
