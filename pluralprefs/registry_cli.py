@@ -19,6 +19,7 @@ runs_app = typer.Typer(
     help="List the runs of a folder, look at one, compare two, tag and delete them.",
     epilog='Example: pluralprefs runs --where "model=low_rank and accuracy>0.7" --sort=-accuracy',
 )
+LEFT_ALONE = ("running", "unreadable")  # by `prune --where`
 SHOWN = ("run", "status", "model", "data", "tags", "accuracy", "nll")
 Where = Annotated[str | None, typer.Option(help='Filter: "model=low_rank and accuracy>0.7"')]
 AsJson = Annotated[bool, typer.Option("--json", help="As JSON lines.")]
@@ -164,9 +165,10 @@ def prune(
         raise ValueError("prune: name the runs, or choose them with --where, such as --where status=failed")
     if where:
         listed = registry.list_runs(root, where)
-        chosen = [run for run, status in listed.select("run", "status").iter_rows() if status != "running"]
-        if len(chosen) < len(listed):
-            warn(f"{len(listed) - len(chosen)} running, left alone")
+        chosen = [run for run, status in listed.select("run", "status").iter_rows() if status not in LEFT_ALONE]
+        for status in LEFT_ALONE:
+            if count := listed.filter(listed["status"] == status).height:
+                warn(f"{count} {status}, left alone")
     else:
         chosen = list(dict.fromkeys(names or ()))
     for name in chosen:

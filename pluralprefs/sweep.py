@@ -11,6 +11,7 @@ import json
 from collections.abc import Callable, Sequence
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import polars as pl
 
@@ -27,28 +28,45 @@ from pluralprefs.results import results_table
 def combinations(over: Sequence[str]) -> list[tuple[str, ...]]:
     """Return the assignments of each combination of "PATH=VALUE,VALUE,..." in order, the last varying fastest.
 
-    Values are JSON, or text where they are not. Raises ValueError for a path without values, or twice the same.
+    Each value is JSON, or text where it is not. Raises ValueError for a path without values, or twice the same.
 
     >>> combinations(["model.rank=1,2", "users.levels=[],[\\"user\\"]"])[1:3]
     [('model.rank=1', 'users.levels=["user"]'), ('model.rank=2', 'users.levels=[]')]
-    >>> combinations(["model.weights=free,simplex"])
-    [('model.weights="free"',), ('model.weights="simplex"',)]
+    >>> combinations(["model.rank=1,auto"])
+    [('model.rank=1',), ('model.rank="auto"',)]
     """
     axes = []
     for text in over:
         path, equals, values = (part.strip() for part in text.partition("="))
-        try:
-            found = json.loads(f"[{values}]")
-        except json.JSONDecodeError:
-            found = [value.strip() for value in values.split(",")]
+        found = _values(values)
         written = [json.dumps(value) for value in found]
-        if not (path and equals and values) or len(set(written)) < len(written):
+        if not (path and equals and values) or "" in found or len(set(written)) < len(written):
             raise ValueError(f"--over {text!r}: write PATH=VALUE,VALUE with different values: model.prototypes=1,2,4")
         axes.append([f"{path}={value}" for value in written])
     paths = [axis[0].partition("=")[0] for axis in axes]
     if len(set(paths)) < len(paths):
         raise ValueError(f"--over: {max(paths, key=paths.count)} is given twice; put all its values into one")
     return list(product(*axes))
+
+
+def _values(text: str) -> list[Any]:
+    """The values between the commas of a text; a comma inside of JSON divides nothing.
+
+    >>> _values('1, auto, [1, 2], "a,b", 2x')
+    [1, 'auto', [1, 2], 'a,b', '2x']
+    """
+    found, comma = [], ","
+    while comma:
+        text = text.lstrip()
+        try:
+            value, end = json.JSONDecoder().raw_decode(text)
+        except json.JSONDecodeError:
+            value, end = None, -1
+        if end < 0 or text[end:].lstrip()[:1] not in ("", ","):
+            value, end = text.partition(",")[0].rstrip(), len(text.partition(",")[0])
+        found.append(value)
+        _, comma, text = text[end:].partition(",")
+    return found
 
 
 def sweep(

@@ -103,6 +103,27 @@ def test_a_young_file_is_not_kept_and_a_running_run_is_asked_anew(tmp_path, monk
     assert "run.json" in {path.name for path in run.path.iterdir()}
 
 
+def test_a_folder_that_may_not_be_looked_into_hides_no_other(tmp_path, settled, monkeypatch):
+    one, shut = many(tmp_path, 2)
+    look, read = os.stat, index.read_run
+
+    def stat(file, **options):
+        if str(file).startswith(f"{shut.path}{os.sep}"):
+            raise PermissionError(13, "Permission denied", str(file))
+        return look(file, **options)
+
+    def read_run(path):
+        if str(path) == str(shut.path):
+            raise registry.RegistryError(f"{path}: unreadable (PermissionError)")
+        return read(path)
+
+    monkeypatch.setattr(index.os, "stat", stat)
+    monkeypatch.setattr(index, "read_run", read_run)
+    for _ in range(2):
+        found = dict(registry.list_runs(tmp_path).select("run", "status").iter_rows())
+        assert found == {one.name: "done", shut.name: "unreadable"}
+
+
 def test_a_root_that_is_copied_or_cannot_be_written_is_listed(tmp_path, settled, monkeypatch):
     many(tmp_path / "here")
     expected = registry.list_runs(tmp_path / "here")
@@ -212,9 +233,13 @@ def test_prune_asks_and_deletes_what_has_ended(tmp_path):
     assert done.output.endswith("2 deleted\n"), done.output
     assert not first.path.exists()
     assert not second.path.exists()
-    assert "1 running, left alone" in call("prune", "--where", "run!=x", "--root", root, input="n\n").stderr
+    broken = registry.create(root, "m", {})
+    (broken.path / "run.json").write_text("{")
+    said = call("prune", "--where", "run!=x", "--root", root, input="n\n").stderr
+    assert "1 running, left alone" in said
+    assert "1 unreadable, left alone" in said
     assert call("prune", "--where", "run!=x", "--root", root, "--yes").exit_code == 0
-    assert [path.name for path in root.iterdir() if not path.name.startswith(".")] == [running.name]
+    assert {path.name for path in root.iterdir() if not path.name.startswith(".")} == {running.name, broken.name}
 
 
 def test_prune_never_leaves_the_root_nor_a_half(tmp_path):

@@ -106,6 +106,7 @@ def test_a_wrong_setting_is_refused_before_anything_runs(experiment, launched, t
         (["model.rnk=1,2"], DescriptionError, "rank"),
         (["model.rank"], ValueError, "PATH=VALUE,VALUE"),
         (["model.rank=1,1"], ValueError, "different values"),
+        (["model.rank=1,"], ValueError, "PATH=VALUE,VALUE"),
         (["model.rank=1", "model.rank=2"], ValueError, "given twice"),
     ):
         with pytest.raises(error, match=message):
@@ -117,3 +118,6 @@ def test_grids_are_products():
     found = sweep.combinations(["a=1,2", 'b=["x","y"],null'])
     assert found == [("a=1", 'b=["x", "y"]'), ("a=1", "b=null"), ("a=2", 'b=["x", "y"]'), ("a=2", "b=null")]
     assert sweep.combinations([]) == [()]
+    texts = ["1,auto", '[1, 2],none,"a,b",null', "x", "1e-3, 2x,{}"]
+    expected = [[1, "auto"], [[1, 2], "none", "a,b", None], ["x"], [0.001, "2x", {}]]
+    assert [sweep._values(text) for text in texts] == expected

@@ -90,11 +90,14 @@ def _stamped(root: Path | str) -> pl.DataFrame:
     return pl.DataFrame(rows, schema={name: INDEX[name] for name in ("run", *STAMPS)}, orient="row")
 
 
-def _stamp(file: str) -> tuple[int, int, int, int] | None:
+def _stamp(file: str) -> tuple[int | None, int | None, int | None, int | None] | None:
+    """What tells one content of a file from another: nothing where it may not be looked at; None where it is not."""
     try:
         found = os.stat(file)
     except FileNotFoundError:
         return None
+    except PermissionError:
+        return NO_FILE
     return found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
 
 
