@@ -125,10 +125,41 @@ def _overview(folders: Sequence[RunFolder], names: Sequence[str]) -> Section:
     return Section("Runs", tables=[Table("Runs, as they were named", columns, rows)])
 
 
+def data_labels(folders: Sequence[RunFolder]) -> list[str]:
+    """Name the data of each run, by their fingerprint too where one name stands for several; "" where all are one."""
+    named = [tuple(str(folder.read().get(key)) for key in ("data", "data_fingerprint")) for folder in folders]
+    if len({fingerprint for _, fingerprint in named}) == 1:
+        return [""] * len(named)
+    known = dict.fromkeys(named)
+    names = [name for name, _ in known]
+    return [f"{name} {fingerprint[:8]}" if names.count(name) > 1 else name for name, fingerprint in named]
+
+
 def _results(folders: Sequence[RunFolder], names: Sequence[str]) -> Section:
-    """The metrics of all runs under their labels; baselines come from the first run that has them."""
-    section, parts, seen = Section("Results"), [], set()
-    for folder, name in zip(folders, names, strict=True):
+    """The metrics of all runs under their labels, apart for each data set: no number of one compares with another's."""
+    section, of_data = Section("Results"), data_labels(folders)
+    if len(set(of_data)) > 1:
+        section.notes.append(f"The runs are on different data ({', '.join(dict.fromkeys(of_data))}), each in its own "
+                             "table and pictures: numbers of one do not compare with numbers of another.")  # fmt: skip
+    if len(names) > MOST_RUNS:
+        section.notes.append(f"Pictures show the first {MOST_RUNS} runs.")
+    shown = list(names[:MOST_RUNS])
+    for data in dict.fromkeys(of_data):
+        runs = [run for run, label in zip(zip(folders, names, strict=True), of_data, strict=True) if label == data]
+        rows = _metric_rows(section, runs)
+        if rows.height:
+            section.tables.append(_metric_table(rows, data))
+            _draw_metrics(section, rows, [name for name in shown if name in set(rows["model"])], data)
+    for folder, name in zip(folders[:MOST_RUNS], shown, strict=True):
+        if "metrics" in folder.tables():
+            _draw_own(section, folder, name)
+    return section
+
+
+def _metric_rows(section: Section, runs: Sequence[tuple[RunFolder, str]]) -> pl.DataFrame:
+    """The metrics of runs on the same data; baselines come from the first run that has them."""
+    parts, seen = [pl.DataFrame()], set()
+    for folder, name in runs:
         if "metrics" not in folder.tables():
             section.notes.append(f"{name}: has no metrics ({folder.status}).")
             continue
@@ -140,20 +171,10 @@ def _results(folders: Sequence[RunFolder], names: Sequence[str]) -> Section:
         seen |= set(others)
         parts.append(rows.filter(pl.col("model") == own).with_columns(model=pl.lit(name)))
         parts.append(rows.filter(pl.col("model").is_in(others)))
-    if not parts:
-        return section
-    rows = pl.concat(parts, how="diagonal_relaxed")
-    section.tables.append(_metric_table(rows))
-    shown = list(names[:MOST_RUNS])
-    if len(names) > MOST_RUNS:
-        section.notes.append(f"Pictures show the first {MOST_RUNS} runs.")
-    _draw_metrics(section, rows, [name for name in shown if name in set(rows["model"])])
-    for folder, name in zip(folders[:MOST_RUNS], shown, strict=True):
-        _draw_own(section, folder, name)
-    return section
+    return pl.concat(parts, how="diagonal_relaxed")
 
 
-def _metric_table(rows: pl.DataFrame) -> Table:
+def _metric_table(rows: pl.DataFrame, data: str) -> Table:
     plain = rows.filter(pl.col("control").is_null(), pl.col("community").is_null()).with_columns(column_name())
     order = {name: place for place, name in enumerate(ORDER)}
     keys = plain.select("model", "cell", "shots", "column").unique(maintain_order=True).rows()
@@ -168,21 +189,21 @@ def _metric_table(rows: pl.DataFrame) -> Table:
              number(size.get("users"), 1, 0), number(size.get("count"), 1, 0)]
         )  # fmt: skip
     columns = ["model", "cell@shots", *(name for *_, name in SHOWN), "users", "judgements"]
-    return Table("Every model in every cell", columns, table)
+    return Table(f"Every model in every cell{_on(data)}", columns, table)
 
 
-def _draw_metrics(section: Section, rows: pl.DataFrame, models: list[str]) -> None:
+def _draw_metrics(section: Section, rows: pl.DataFrame, models: list[str], data: str) -> None:
     """The pictures that compare models: shot curves, the worst tenth, the user's own state."""
     found = rows.filter(pl.col("metric") == "accuracy", pl.col("shots").is_not_null(), pl.col("model").is_in(models))
     both = [*models, *(name for name in BASELINES if name in set(rows["model"]))]
     for cell in sorted(found["cell"].unique()):
-        text = f"Accuracy in {cell} by the number of comparisons that a new user has given"
+        text = f"Accuracy in {cell} by the number of comparisons that a new user has given{_on(data)}"
         section.draw(plots.shot_curve, rows, cell=cell, models=both, text=text)
         last = found.filter(pl.col("cell") == cell)["shots"].max()
-        text = f"Accuracy for the worst tenth of users against all, in {cell} at {last} shots"
+        text = f"Accuracy for the worst tenth of users against all, in {cell} at {last} shots{_on(data)}"
         section.draw(plots.worst_group_frontier, rows, f"{cell}@{last}", models=models, text=text)
     if "wrong_user_gain" in set(rows["metric"]):
-        text = "Accuracy gained by the user's own state over a stranger's"
+        text = f"Accuracy gained by the user's own state over a stranger's{_on(data)}"
         section.draw(plots.wrong_user_gap, rows, models=models, text=text)
 
 
@@ -241,6 +262,10 @@ def number(value: float | None, factor: float, digits: int) -> Cell:
     if value is None or not math.isfinite(value):
         return Cell("")
     return Cell(f"{factor * value:,.{digits}f}", factor * value)
+
+
+def _on(data: str) -> str:
+    return f", on {data}" if data else ""
 
 
 def _estimate(row: dict[str, Any] | None, factor: float, digits: int) -> Cell:

@@ -115,6 +115,27 @@ def test_the_page_can_be_read_without_a_mouse_or_a_picture(page):
     assert any(attrs.get("name") == "viewport" for attrs in parsed.of("meta"))
 
 
+def test_runs_on_different_data_stand_apart_with_their_own_baselines(tmp_path):
+    runs = []
+    for data, fingerprint, scale in (("tea", "aaaa1111", 1.0), ("tea", "bbbb2222", 1.1), ("tea", "aaaa1111", 1.2)):
+        with registry.create(tmp_path / "runs", ("m", data), {}, data_fingerprint=fingerprint) as run:
+            rows = metric_rows(["m", "length only"]).with_columns(pl.col("value", "ci_low", "ci_high") * scale)
+            run.append_metrics(rows)
+        runs.append(run)
+    names = report.labels(runs)
+    section = report._results(runs, names)
+    assert [table.title for table in section.tables] == [
+        "Every model in every cell, on tea aaaa1111", "Every model in every cell, on tea bbbb2222"
+    ]  # fmt: skip
+    first, second = ([(row[0].text, row[2].text[:4]) for row in table.rows] for table in section.tables)
+    assert sorted(first) == sorted([(names[0], "60.0"), (names[2], "72.0"), ("length only", "62.0")])
+    assert sorted(second) == sorted([(names[1], "66.0"), ("length only", "68.2")])
+    assert "on different data (tea aaaa1111, tea bbbb2222)" in section.notes[0]
+    assert report.data_labels(runs[::2]) == ["", ""]
+    runs[1].update(data="coffee")
+    assert report.data_labels(runs) == ["tea", "coffee", "tea"]
+
+
 def test_what_cannot_be_drawn_is_said(tmp_path):
     with registry.create(tmp_path, ("m", "d"), {}) as run:
         run.append_metrics(metric_rows(["m"]))
