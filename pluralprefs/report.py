@@ -127,12 +127,16 @@ def _overview(folders: Sequence[RunFolder], names: Sequence[str]) -> Section:
 
 def data_labels(folders: Sequence[RunFolder]) -> list[str]:
     """Name the data of each run, by their fingerprint too where one name stands for several; "" where all are one."""
-    named = [tuple(str(folder.read().get(key)) for key in ("data", "data_fingerprint")) for folder in folders]
-    if len({fingerprint for _, fingerprint in named}) == 1:
-        return [""] * len(named)
-    known = dict.fromkeys(named)
-    names = [name for name, _ in known]
-    return [f"{name} {fingerprint[:8]}" if names.count(name) > 1 else name for name, fingerprint in named]
+    contents = [folder.read() for folder in folders]
+    fingerprints = [str(content.get("data_fingerprint")) for content in contents]
+    names: dict[str, str] = {}
+    for content, fingerprint in zip(contents, fingerprints, strict=True):
+        names.setdefault(fingerprint, str(content.get("data")))
+    if len(names) == 1:
+        return [""] * len(contents)
+    often = {name for name in names.values() if list(names.values()).count(name) > 1}
+    labels = {key: f"{name} {key[:8]}" if name in often else name for key, name in names.items()}
+    return [labels[fingerprint] for fingerprint in fingerprints]
 
 
 def _results(folders: Sequence[RunFolder], names: Sequence[str]) -> Section:
@@ -151,8 +155,7 @@ def _results(folders: Sequence[RunFolder], names: Sequence[str]) -> Section:
             section.tables.append(_metric_table(rows, data))
             _draw_metrics(section, rows, [name for name in shown if name in set(rows["model"])], data)
     for folder, name in zip(folders[:MOST_RUNS], shown, strict=True):
-        if "metrics" in folder.tables():
-            _draw_own(section, folder, name)
+        _draw_own(section, folder, name)
     return section
 
 

@@ -133,6 +133,7 @@ def test_runs_on_different_data_stand_apart_with_their_own_baselines(tmp_path):
     assert "on different data (tea aaaa1111, tea bbbb2222)" in section.notes[0]
     assert report.data_labels(runs[::2]) == ["", ""]
     runs[1].update(data="coffee")
+    runs[2].update(data="tea of another file")
     assert report.data_labels(runs) == ["tea", "coffee", "tea"]
 
 
