@@ -87,7 +87,9 @@ def test_a_chat_template_is_applied_once_with_one_opening_token(folder, tmp_path
 DATED = """  {% if true %}
 On {% endif %}
 {% if not date_string is defined %}
-    {%- set date_string = strftime_now("%d %b %Y") %}
+    {%- if strftime_now is defined %}
+        {%- set date_string = strftime_now("%d %b %Y") %}
+    {%- endif %}
 {%- endif %}
   {% if true %}
 {{ date_string }} {{ strftime_now("%Y-%m-%d %-d %B") }}

@@ -35,13 +35,14 @@ Content = str | Sequence[Message]
 
 BUCKETS = (16, 32, 48, 64, 96, 128, 192, 256)
 TOKENIZER_FILES = ("tokenizer.json", "vocab.txt", "vocab.json", "merges.txt", "added_tokens.json")
+TOKENIZER_SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 TODAY = date(2024, 7, 26)  # what Llama 3.1's own template prints unless it is told the date
-# A template's clock is a function of Python's, which a caller cannot replace; a macro of its name goes before it.
+# A template's clock is a function of Python's, which a caller cannot replace; a macro of its name goes before it,
+# which knows these codes of strftime and leaves others as they are written.
 SAID = {f"%{code}": TODAY.strftime(f"%{code}") for code in "aAbBdHIjmMpSyY"}
 SAID |= {f"%-{code}": SAID[f"%{code}"].lstrip("0") or "0" for code in "dHIjmMSy"}
 PUT = "".join(f".replace('{code}', '{said}')" for code, said in SAID.items())
 CLOCK = "{% macro strftime_now(format) %}{{ format" + PUT + " }}{% endmacro %}\n"
-TOKENIZER_SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 
 
 class Text(NamedTuple):
