@@ -16,7 +16,7 @@ from record_decoders import FIXTURES, VOCABULARY, WORDS, example_tokens, save_to
 from pluralprefs import encoders
 from pluralprefs.encoders.cache import encode_items, encode_texts
 from pluralprefs.encoders.causal import CausalEncoder
-from pluralprefs.encoders.tokens import Text
+from pluralprefs.encoders.tokens import Renderer, Text
 from pluralprefs.encoders.weights import EncoderError
 from pluralprefs.types import Tokens
 
@@ -82,6 +82,7 @@ def test_a_chat_template_is_applied_once_with_one_opening_token(folder, tmp_path
     assert words_of(encoder, Text("tea ?", "good")) == "<s> user : tea ? </s> assistant : good </s>"
     assert words_of(encoder, Text("tea ?", None)) == "<s> user : tea ? </s> assistant :"
     assert encoder.identity["template"] is True
+    assert encoder.identity["date"] == "2024-07-26"
 
 
 DATED = """  {% if true %}
@@ -104,14 +105,14 @@ def test_a_template_prints_one_date_on_every_day(shown, folder, tmp_path, monkey
     path = tmp_path / "dated"
     shutil.copytree(folder, path)
     save_tokenizer(path, chat_template=shown + TEMPLATE)
-    renderer = encoders.load(path, max_length=32).renderer
+    renderer = Renderer.load(path, max_length=32, joined=True)
     found = [renderer._conversation(Text("tea ?", "good"))]
     monkeypatch.setattr(chat_template_utils, "datetime", None)  # where its clock is
     found.append(renderer._conversation(Text("tea ?", "good")))
     assert found[0] == found[1]
     assert found[0][0].startswith("On 26 Jul 2024 2024-07-26 26 July\n<s> user : tea ?")
     assert renderer.identity["date"] == "2024-07-26"
-    assert "date" not in CausalEncoder.load(folder).renderer.identity
+    assert "date" not in Renderer.load(folder, joined=True).identity
 
 
 def test_a_token_that_only_the_tokenizer_knows_is_refused_in_a_text_and_named(folder, tmp_path):
