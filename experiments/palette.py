@@ -11,9 +11,9 @@ against the pseudo-truth, the same model fitted to a hundred times the compariso
 Result (2026-11-21, seeds 0 to 2 on world 0, 2 CPU cores, heads of `pluralprefs attributes train --neutral`; 2,000
 comparisons a community, of which 64 % are trained on): Spearman over the attributes of preference and true weight,
 median 0.961 and worst of 20 communities 0.912 (seed 0 alone: 0.905); attention and |weight| 0.066 and -0.326; ablation
-and |weight| 0.852 and 0.549. Intervals hold the truth in 88.2 % of cells. The pseudo-truth was held in 89.5 % with seed
-0 alone and slopes over other comparisons than the profile's (--intervals; 92 % is aimed at and was missed). 21 minutes
-beside two other jobs, with the heads given; the heads take five to eight more.
+and |weight| 0.852 and 0.549. Intervals hold the pseudo-truth in 93.7 % of cells (--intervals; 92 % was aimed at) and
+the truth in 88.2 %. 34 minutes beside two other jobs, 13 of them for the pseudo-truth, with the heads given; the heads
+take five to eight more.
 """
 
 from __future__ import annotations
