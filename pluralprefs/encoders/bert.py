@@ -15,7 +15,6 @@ count behind the id of their padding token.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,11 +25,13 @@ import numpy as np
 from flax import nnx, struct
 from jaxtyping import Array, Bool, Float
 
+from pluralprefs.encoders.checkpoint import Tensors, fill
 from pluralprefs.encoders.layers import ACTIVATIONS, precision
-from pluralprefs.encoders.pooling import Pooling, l2_normalise, pool, read_pooling
+from pluralprefs.encoders.pooling import read_pooling
+from pluralprefs.encoders.text import TextEncoder
 from pluralprefs.encoders.tokens import Renderer
-from pluralprefs.encoders.weights import EncoderError, digest, read_json, read_tensors, weight_files
-from pluralprefs.types import Item, Tokens
+from pluralprefs.encoders.weights import EncoderError, digest, read_json, weight_files
+from pluralprefs.types import Tokens
 
 # A parameter's path here -> its name in a checkpoint; {} is the layer. Kernels are stored transposed there.
 BERT_NAMES = {
@@ -61,7 +62,6 @@ DISTILBERT_NAMES = {
     "layers.{}.norm": "transformer.layer.{}.output_layer_norm",
 }
 NAMES = {"bert": BERT_NAMES, "roberta": BERT_NAMES, "xlm-roberta": BERT_NAMES, "distilbert": DISTILBERT_NAMES}
-LEAVES = {"kernel": "weight", "embedding": "weight", "scale": "weight", "bias": "bias"}
 
 
 @dataclass(frozen=True)
@@ -158,24 +158,12 @@ class Bert(nnx.Module):
 
 
 @struct.dataclass
-class BertEncoder:
-    """Tokens -> Item with one embedding a text, jit-able and differentiable in `params`.
+class BertEncoder(TextEncoder):
+    """A BERT-family model's embedding of a text.
 
-    `joint` says that item embeddings are of prompt and response together; `prompt` that items also carry an embedding
-    of the prompt alone (attention is bidirectional, so a prompt seen beside its response would differ between the two
-    items of a comparison). Both steer what `cache.encode_items` renders, not this call.
+    Attention is bidirectional, so a prompt seen beside its response would differ between the two items of a comparison:
+    `prompt` embeds it alone.
     """
-
-    params: Mapping[str, Any]
-    graphdef: Any = struct.field(pytree_node=False)
-    renderer: Renderer = struct.field(pytree_node=False)
-    pooling: Pooling = struct.field(pytree_node=False)
-    normalise: bool = struct.field(pytree_node=False)
-    joint: bool = struct.field(pytree_node=False)
-    prompt: bool = struct.field(pytree_node=False)
-    dim: int = struct.field(pytree_node=False)
-    dtype: str = struct.field(pytree_node=False)
-    weights: str = struct.field(pytree_node=False)
 
     @classmethod
     def load(
@@ -203,8 +191,10 @@ class BertEncoder:
         _check_sizes(folder, config, renderer, joint=joint)
         model = nnx.eval_shape(lambda: Bert(config, dtype=dtype, rngs=nnx.Rngs(0)))
         graphdef, shapes = nnx.split(model)
+        with Tensors(folder, _modern_name) as tensors:
+            params = fill(tensors, nnx.to_pure_dict(shapes), NAMES[config.model_type])
         return cls(
-            params=_fill(folder, config.model_type, nnx.to_pure_dict(shapes)),
+            params=params,
             graphdef=graphdef,
             renderer=renderer,
             pooling=default_pooling,
@@ -214,28 +204,8 @@ class BertEncoder:
             dim=config.dim,
             dtype=jnp.dtype(dtype).name,
             weights=digest([folder / "config.json", *weight_files(folder)]),
+            kind="bert",
         )
-
-    @property
-    def identity(self) -> dict[str, Any]:
-        """All that decides the embedding of a text: the cache key, and an entry of run.json."""
-        return {
-            "encoder": "bert",
-            "weights": self.weights,
-            **self.renderer.identity,
-            "pooling": self.pooling,
-            "normalise": self.normalise,
-            "dtype": self.dtype,
-        }
-
-    def hidden(self, tokens: Tokens) -> Float[Array, "batch length dim"]:
-        """The last layer's hidden states; those of padding are meaningless."""
-        return nnx.merge(self.graphdef, self.params)(tokens)
-
-    def __call__(self, tokens: Tokens) -> Item:
-        """Encode Tokens [batch, length] as Item with embedding [batch, dim], in float32."""
-        embedding = pool(self.hidden(tokens).astype(jnp.float32), jnp.asarray(tokens.mask), self.pooling)
-        return Item(embedding=l2_normalise(embedding) if self.normalise else embedding)
 
 
 def _read_bert(raw: dict[str, Any]) -> BertConfig:
@@ -293,25 +263,6 @@ def _check_sizes(folder: Path, config: BertConfig, renderer: Renderer, *, joint:
         )
     if joint and config.segments == 1 and renderer.segments == 2:
         raise EncoderError(f"{folder}: joint=True needs two segments, type_vocab_size is 1")
-
-
-def _fill(folder: Path, model_type: str, shapes: Mapping[str, Any]) -> dict[str, Any]:
-    """Put a checkpoint's tensors where the model's parameters are, by name; a missing or misshapen one is an error."""
-    tensors = {_modern_name(name): value for name, value in read_tensors(folder).items()}
-
-    def read(path: tuple[Any, ...], shape: jax.ShapeDtypeStruct) -> Array:
-        *parts, leaf = (str(key.key) for key in path)
-        layer = parts[1] if parts[0] == "layers" else ""
-        own = ".".join("{}" if part == layer else part for part in parts)
-        name = f"{NAMES[model_type][own].format(layer)}.{LEAVES[leaf]}"
-        if name not in tensors:
-            raise EncoderError(f"{folder}: the weights lack {name}; config.json belongs to another model")
-        value = tensors[name].T if leaf == "kernel" else tensors[name]
-        if value.shape != shape.shape:
-            raise EncoderError(f"{folder}: {name} is {value.shape}, config.json says {shape.shape}")
-        return jnp.asarray(value, jnp.float32)
-
-    return jax.tree_util.tree_map_with_path(read, shapes)
 
 
 def _modern_name(name: str) -> str:

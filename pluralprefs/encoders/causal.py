@@ -5,44 +5,30 @@ The last token is found by the mask, never by the id of the padding token, which
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
-from flax import nnx, struct
+from flax import struct
 from jax.sharding import Mesh
-from jaxtyping import Array, Float
 
 from pluralprefs.encoders.decoder_config import MODEL_TYPES, DecoderConfig
 from pluralprefs.encoders.decoder_weights import DECODER_RULES, read_decoder
-from pluralprefs.encoders.pooling import Pooling, l2_normalise, pool, read_pooling
+from pluralprefs.encoders.pooling import read_pooling
+from pluralprefs.encoders.text import TextEncoder
 from pluralprefs.encoders.tokens import Renderer
 from pluralprefs.encoders.weights import EncoderError, digest, weight_files
 from pluralprefs.sharding import Rules
-from pluralprefs.types import Item, Tokens
 
 __all__ = ["MODEL_TYPES", "CausalEncoder"]
 
 
 @struct.dataclass
-class CausalEncoder:
-    """Tokens -> Item with one embedding a text, jit-able and differentiable in `params`.
+class CausalEncoder(TextEncoder):
+    """A decoder's embedding of a text: the hidden state of its last real token, or the mean over its tokens.
 
-    `joint` and `prompt` are as in `bert.BertEncoder`. Rows hold one text each: of a packed row only the last is read.
+    Rows hold one text each: of a packed row only the last is read.
     """
-
-    params: Mapping[str, Any]
-    graphdef: Any = struct.field(pytree_node=False)
-    renderer: Renderer = struct.field(pytree_node=False)
-    pooling: Pooling = struct.field(pytree_node=False)
-    normalise: bool = struct.field(pytree_node=False)
-    joint: bool = struct.field(pytree_node=False)
-    prompt: bool = struct.field(pytree_node=False)
-    dim: int = struct.field(pytree_node=False)
-    dtype: str = struct.field(pytree_node=False)
-    weights: str = struct.field(pytree_node=False)
-    model_type: str = struct.field(pytree_node=False)
 
     @classmethod
     def load(
@@ -86,26 +72,5 @@ class CausalEncoder:
             dim=config.word_dim,
             dtype=jnp.dtype(dtype).name,
             weights=digest([folder / "config.json", *weight_files(folder)]),
-            model_type=config.model_type,
+            kind=config.model_type,
         )
-
-    @property
-    def identity(self) -> dict[str, Any]:
-        """All that decides the embedding of a text: the cache key, and an entry of run.json."""
-        return {
-            "encoder": self.model_type,
-            "weights": self.weights,
-            **self.renderer.identity,
-            "pooling": self.pooling,
-            "normalise": self.normalise,
-            "dtype": self.dtype,
-        }
-
-    def hidden(self, tokens: Tokens) -> Float[Array, "batch length dim"]:
-        """Hidden states behind the last norm; those of padding are meaningless."""
-        return nnx.merge(self.graphdef, self.params)(tokens)
-
-    def __call__(self, tokens: Tokens) -> Item:
-        """Encode Tokens [batch, length] as Item with embedding [batch, dim], in float32."""
-        embedding = pool(self.hidden(tokens).astype(jnp.float32), jnp.asarray(tokens.mask), self.pooling)
-        return Item(embedding=l2_normalise(embedding) if self.normalise else embedding)

