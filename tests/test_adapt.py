@@ -15,7 +15,7 @@ from threadpoolctl import threadpool_info, threadpool_limits
 from pluralprefs.adapt import laplace_user, predict, solve_items, solve_many, solve_rows
 from pluralprefs.adapting import predict_seen
 from pluralprefs.blas import one_blas_thread
-from pluralprefs.fitting import Fitted, buckets, fit_strength, solve_level, take
+from pluralprefs.fitting import CERTAIN, Fitted, _at_most, buckets, fit_strength, initial_root, solve_level, take
 from pluralprefs.models.bradley_terry import BradleyTerry
 from pluralprefs.models.ideal_point import IdealPoint
 from pluralprefs.newton import AWAY, Judgements
@@ -311,6 +311,33 @@ def test_where_a_prior_is_so_wide_that_a_mixture_saturates_no_step_runs_away(n):
             assert (-10 * n < bounds).all()
             assert (bounds <= 0).all(), "no table of answers is more probable than 1"
             assert bounds[1] >= bounds[0] - 1.1 * AWAY  # two programs round differently
+
+
+def test_a_root_is_cut_to_the_widest_deviation_a_coordinate_may_have():
+    most = np.array([1.0, 4.0, 0.0], np.float32)
+    np.testing.assert_allclose(_at_most(np.array([3.0, 2.0, 5.0]), most), [1.0, 2.0, 5.0])  # 0: not known
+    full = np.array([[3.0, 0.0, 0.0], [3.0, 4.0, 0.0], [0.0, 0.0, 1.0]])
+    cut = _at_most(full, most)
+    np.testing.assert_allclose(np.sqrt(np.diag(cut @ cut.T)), [1.0, 4.0, 1.0], rtol=1e-6)
+    np.testing.assert_allclose((cut @ cut.T)[0, 1] / 4.0, (full @ full.T)[0, 1] / 15.0, rtol=1e-6)  # correlations stay
+
+
+def test_users_without_doubt_make_a_prior_wide_but_not_infinite():
+    """Every user answers by the sign of its weight alone: whatever the width, a wider prior has the higher evidence."""
+    draw = np.random.default_rng(12)
+    model, users, n = linear(1), 30, 20
+    table = Users.init(model, users=0, communities=0)
+    x = arrays(Item(embedding=draw.normal(size=(60, 1)).astype(np.float32)))
+    first, second = draw.integers(0, 60, (2, users * n))
+    unit = np.repeat(np.arange(users), n)
+    side = np.where(unit % 2, 1, -1)
+    target = (side * np.asarray(x.embedding[first] - x.embedding[second])[:, 0] > 0).astype(np.float32)
+    judged = jax.tree.map(np.asarray, rows(first, second, target))
+    most = initial_root(model, table, x, judged, CERTAIN)
+    start = 0.9 * np.where(np.array(part_names(table_deviation(model))) == "gain", 0.0, most).astype(np.float32)
+    root, moments = fit_strength(model, table, x, judged, unit, users, start, rounds=4)
+    np.testing.assert_allclose(root.max(), most.max(), rtol=1e-3)
+    assert np.isfinite(moments.mean).all()
 
 
 def test_the_scale_of_a_base_fitted_to_a_crowd_is_found():

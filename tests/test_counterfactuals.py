@@ -248,6 +248,16 @@ def test_a_killed_verification_is_resumed_over_blocks_and_asks_each_task_once(fe
     assert all(one.equals(other) for one, other in zip(found, again, strict=True))
 
 
+def test_a_pass_that_fails_where_its_answers_are_used_leaves_the_answers_free(few, tmp_path, monkeypatch):
+    options = {"cache": tmp_path / "answers.jsonl", "progress": False}
+    monkeypatch.setattr(verification, "NUMBER", {})
+    with pytest.raises(KeyError) as caught:
+        judge(*few, ATTRIBUTES, Spy(), **options)
+    monkeypatch.undo()
+    assert judge(*few, ATTRIBUTES, Spy(), **options).judgements.height == 160
+    assert caught.value is not None  # its traceback was alive until here, and held the pass
+
+
 def test_verdicts_stand_beside_what_was_asked(few):
     """A judge who knows one level alone: each row of the table is checked against the texts of its question."""
     responses, table = few

@@ -209,6 +209,27 @@ def test_ablation_is_the_rise_in_nats_when_the_attribute_is_masked():
     np.testing.assert_allclose(of(found, "", "ablation"), expected, atol=2e-5)
 
 
+def test_comparisons_of_unknown_users_are_each_somebody_else():
+    fitted, x = fitted_and_items()
+    unknown = fitted.rows.replace(user=np.full_like(fitted.rows.user, -1))
+    named = fitted.rows.replace(user=np.arange(len(unknown.user), dtype=np.int32) + 4)  # strangers to the table too
+    ends = pl.col("kind") == "ablation", pl.col("community") == ""
+    one, other = (
+        attribute_weights(fitted, x, test, ("cats", "dogs"), NAMES).filter(*ends) for test in (unknown, named)
+    )
+    assert one["ci_low"].null_count() == 0
+    assert one.drop("n").equals(other.drop("n"))
+
+
+def test_an_attribute_whose_scores_never_differ_has_slope_zero_and_spoils_no_other():
+    fitted, x = fitted_and_items()
+    flat = x.attributes.at[:, 1].set(0.25)
+    whole = Sample.of(x.replace(attributes=flat), fitted.rows)
+    less = Sample.of(x.replace(attributes=flat[:, [0, 2]], attribute_mask=x.attribute_mask[:, [0, 2]]), fitted.rows)
+    np.testing.assert_array_equal(whole.inverse[1], 0.0)
+    np.testing.assert_allclose(whole.inverse[jnp.asarray([0, 2])], less.inverse, rtol=1e-4, atol=1e-7)
+
+
 def test_shapley_values_share_out_what_all_attributes_save():
     fitted, x = fitted_and_items()
     found = attribute_weights(fitted, x, fitted.rows, ("cats", "dogs"), NAMES)

@@ -165,6 +165,9 @@ def test_a_run_keeps_its_predictors_scores_new_texts_and_profiles_users(folder, 
     np.testing.assert_allclose(two["ci_low"], whole["ci_low"], rtol=1e-3, atol=1e-4)
     with pytest.raises(DataError, match="user 'nobody': is no user of the training data"):
         again.profile(["nobody"])
+    for wrong in (lambda: again.profile("u1"), lambda: again.profile(["u1"], community="yes")):
+        with pytest.raises(TypeError, match="a list of names"):
+            wrong()
     assert again.profile(again.adapt(new), community="yes")["community"].unique().to_list() == ["yes"]
     done = CliRunner().invoke(app, ["profile", str(run.folder.path), "--user", "u1"])
     assert done.exit_code == 0, done.output
