@@ -82,7 +82,8 @@ def main(folder: Path, anchors: int, seed: int) -> None:
     for cell in CELLS:
         for name, rows in found.items():
             plain = of(name, cell)
-            table.add_row(cell, name, f"{100 * ((plain['log_odds'] > 0) == (plain['target'] > 0.5)).mean():.1f}")
+            right = (plain["log_odds"] > 0).to_numpy() == (plain["target"] > 0.5).to_numpy()
+            table.add_row(cell, name, f"{100 * right.mean():.1f}")
             if (rows["control"] == WITHOUT).any():
                 table.add_row(cell, f"{name}: predictors minus none", _difference(plain, of(name, cell, hidden=True)))
         for other in ("without dropout", "bradley_terry"):
