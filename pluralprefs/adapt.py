@@ -24,7 +24,7 @@ References: MacKay 1992 and Rasmussen and Williams 2006, chapter 3 (Laplace, mod
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -219,6 +219,38 @@ def predict(
     steps = jnp.sqrt(vector.shape[0]) * covariance_root(posterior.covariance).T
     found = jax.vmap(value)(vector[None, :] + jnp.concatenate([steps, -steps]))
     return found.mean(), found.var()
+
+
+class Joint(NamedTuple):
+    """Log-odds of several rows under one posterior: their covariance is `plus plus' - minus minus'`.
+
+    Nothing of size [rows, rows] is made: `plus` is [rows, k], `minus` [rows, r], and r is 0 but for families that are
+    linear in the user, with fewer comparisons than unknowns.
+    """
+
+    mean: Float[Array, " rows"]
+    plus: Float[Array, "rows k"]
+    minus: Float[Array, "rows r"]
+
+
+def predict_jointly(model: RewardModel, users: Users, posterior: UserPosterior, rows: Comparisons[Item]) -> Joint:
+    """Return what `predict` says of each row, and how the rows vary together. A point estimate has no variance."""
+    vector, unravel = ravel(posterior.mean)
+
+    def values(v: Float[Array, " size"]) -> Float[Array, " rows"]:
+        return jax.vmap(lambda row: _row_log_odds(model, users, unravel(v), row))(rows)
+
+    nothing = jnp.zeros((rows.target.shape[0], 0))
+    if posterior.covariance is None:
+        return Joint(values(vector), nothing, nothing)
+    if isinstance(model, LinearInUser):
+        root, downdate = posterior.covariance.root, posterior.covariance.downdate
+        slope = jax.vmap(lambda row: jax.grad(lambda v: _row_log_odds(model, users, unravel(v), row))(vector))(rows)
+        return Joint(values(vector), slope * root[None, :] if root.ndim == 1 else slope @ root, slope @ downdate.T)
+    steps = jnp.sqrt(vector.shape[0]) * covariance_root(posterior.covariance).T
+    found = jax.vmap(values)(vector[None, :] + jnp.concatenate([steps, -steps]))
+    mean = found.mean(0)
+    return Joint(mean, (found - mean[None, :]).T / jnp.sqrt(found.shape[0]), nothing)
 
 
 def covariance_root(covariance: Covariance) -> Float[Array, "size size"]:

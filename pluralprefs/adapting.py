@@ -6,7 +6,7 @@ call of the adapter under `vmap`. Memory is bounded by the rectangle, not by the
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -14,16 +14,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
+from scipy.special import expit
 
 from pluralprefs.adapt import (
+    Joint,
     laplace_user,
     latent_features,
     neutral_size,
     predict,
+    predict_jointly,
     solve_items,
 )
 from pluralprefs.blas import one_blas_thread
 from pluralprefs.fitting import (
+    ROWS_AT_ONCE,
     Fitted,
     Rows,
     at,
@@ -34,10 +38,14 @@ from pluralprefs.fitting import (
     row_log_odds,
     step_up,
     strangers,
+    take,
 )
 from pluralprefs.newton import Judgements
-from pluralprefs.types import Item, LinearInUser, UserPosterior
+from pluralprefs.types import Comparisons, Item, LinearInUser, UserPosterior
 from pluralprefs.users import Deviation, Users, gather, ravel
+
+_NODES, _MASSES = np.polynomial.hermite_e.hermegauss(32)
+_MASSES = _MASSES / _MASSES.sum()  # quadrature of a standard normal
 
 
 @partial(jax.jit, static_argnames="adapter")
@@ -179,12 +187,54 @@ def adapt_units(
 ) -> dict[int, UserPosterior]:  # fmt: skip
     """Adapt every unit to its rows: {unit: posterior}. One call of the adapter a rectangle of units."""
     found: dict[int, UserPosterior] = {}
-    support = strangers(support)
-    for units, index in buckets(unit, 4 * neutral_size(model)):
-        posterior = jax.device_get(_adapt(model, users, items, padded(support, index), adapter))
+    for units, posterior in adapt_rectangles(model, users, items, support, unit, adapter=adapter):
         for i, u in enumerate(units):
             found[int(u)] = jax.tree.map(lambda x, i=i: x[i], posterior)
     return dict(sorted(found.items()))
+
+
+def adapt_rectangles(
+    model: Any, users: Users, items: Item, support: Rows, unit: np.ndarray, *,
+    adapter: Callable[..., UserPosterior] = laplace_user,
+) -> Iterator[tuple[np.ndarray, UserPosterior]]:  # fmt: skip
+    """Yield units [u] and their posteriors, stacked as NumPy arrays [u, ...]: what a million users are kept as."""
+    support = strangers(support)
+    for units, index in buckets(unit, 4 * neutral_size(model)):
+        posterior = jax.device_get(_adapt(model, users, items, padded(support, index), adapter))
+        yield units, take(posterior, slice(len(units)))
+
+
+@one_blas_thread()
+def adapt_one(
+    model: Any, users: Users, support: Comparisons[Item], *, adapter: Callable[..., UserPosterior] = laplace_user
+) -> UserPosterior:
+    """Adapt one unit to rows that carry their items (at least one row, NumPy)."""
+    n = len(support.target)
+    index = np.concatenate([np.arange(n), np.full(step_up(n) - n, -1)])  # few shapes to compile
+    return jax.device_get(_adapt_one(model, users, padded(strangers(support), index), adapter))
+
+
+@partial(jax.jit, static_argnames="adapter")
+def _adapt_one(model: Any, users: Users, support: Comparisons[Item], adapter: Callable[..., Any]) -> UserPosterior:
+    return adapter(model, support, users)
+
+
+def joint_log_odds(model: Any, users: Users, items: Item, posterior: UserPosterior, rows: Rows) -> Joint:
+    """Log-odds of rows and how they vary together under one user's posterior, as NumPy arrays (`adapt.Joint`)."""
+    n = len(rows.target)
+    parts = []
+    for start in range(0, n, ROWS_AT_ONCE):
+        stop = min(start + ROWS_AT_ONCE, n)
+        width = step_up(stop - start)
+        index = np.concatenate([np.arange(start, stop), np.full(width - (stop - start), -1)])
+        joint = _joint(model, users, items, posterior.replace(base=""), padded(strangers(rows), index))
+        parts.append(jax.tree.map(lambda x, m=stop - start: np.asarray(x, np.float64)[:m], joint))
+    return jax.tree.map(lambda *x: np.concatenate(x), *parts)
+
+
+@jax.jit
+def _joint(model: Any, users: Users, items: Item, posterior: UserPosterior, rows: Rows) -> Joint:
+    return predict_jointly(model, users, posterior, gathered(items, rows))
 
 
 def predict_rows(
@@ -196,6 +246,37 @@ def predict_rows(
     index = np.concatenate([np.arange(len(rows.target)), np.full(width - len(rows.target), -1)])
     m, v = _predict(model, users, items, one, padded(strangers(rows), index[None]))
     return np.asarray(m)[0, : len(rows.target)], np.asarray(v)[0, : len(rows.target)] + float(users.residual)
+
+
+def gaussian_mean(function: Callable[[Any], Any], mean: np.ndarray, variance: np.ndarray) -> np.ndarray:
+    """Mean of a function of a Gaussian, elementwise, by quadrature.
+
+    >>> gaussian_mean(np.square, np.array([1.0]), np.array([4.0])).round(6)
+    array([5.])
+    """
+    return function(mean[..., None] + np.sqrt(variance)[..., None] * _NODES) @ _MASSES
+
+
+def probability_std(mean: np.ndarray, std: np.ndarray) -> np.ndarray:
+    """Standard deviation of s(l) for log-odds l with this mean and standard deviation."""
+    first, second = (gaussian_mean(lambda x, p=p: expit(x) ** p, mean, std**2) for p in (1, 2))
+    return np.sqrt(np.maximum(second - first**2, 0.0))
+
+
+def user_rewards(model: Any, users: Users, items: Item, posterior: UserPosterior, community: int) -> np.ndarray:
+    """Rewards of items under the mean user, [items]: their differences are the log-odds."""
+    base, _ = gather(users, jnp.asarray(community), jnp.asarray(-1))
+    return np.asarray(_gained(model, users, items, base, posterior.replace(base="", covariance=None)), np.float64)
+
+
+@jax.jit
+def _gained(model: Any, users: Users, items: Item, base: Any, posterior: UserPosterior) -> Array:
+    moved = jax.tree.map(jnp.add, base, posterior.mean.state)
+
+    def one(item: Item) -> Array:
+        return users.scale * (posterior.mean.gain * model.reward(base, item) + model.reward(moved, item))
+
+    return jax.vmap(one)(items)
 
 
 def mean_rewards(model: Any, users: Users, items: Item, rows: Rows, states: list[Any]) -> tuple[np.ndarray, np.ndarray]:

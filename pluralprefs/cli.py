@@ -14,11 +14,13 @@ import typer
 from pluralprefs.attributes_cli import attributes_app
 from pluralprefs.registry_cli import runs_app
 from pluralprefs.terminal import plainly, say, warn
+from pluralprefs.users_cli import ask, choose, suggest
 from pluralprefs.wandb_cli import Mirror, after, chosen, wandb_app
 
 if TYPE_CHECKING:
     import polars as pl
 
+    from pluralprefs.adapted import AdaptedUser
     from pluralprefs.experiment import Experiment
     from pluralprefs.run import Run
 
@@ -173,14 +175,26 @@ def adapt(
     comparisons: Annotated[Path, typer.Option(help="Comparisons of one user or of many; an empty file is the prior.")],
     out: Annotated[Path, typer.Option(help="Where the user states go (one safetensors file).")],
     user_id: Annotated[str, typer.Option(help="Name of the user of a file without users.")] = "",
+    prior: Annotated[
+        str | None, typer.Option(help='One user, from "population" or "community:NAME"; can be asked and updated.')
+    ] = None,
+    method: Annotated[str, typer.Option(help='"laplace" or "map"; the run\'s own by default.')] = "",
     root: Root = RUNS,
     seed: Seed = None,
     debug: Annotated[bool, typer.Option(help="Show tracebacks.")] = False,
 ) -> None:
-    """Adapt to new users from their comparisons, all in one call."""
+    """Adapt to new users from their comparisons, all in one call.
+
+    With --prior the file is of one user and keeps the encoded comparisons behind the state, no texts: `suggest` and
+    `ask` need them. Without, it keeps states alone.
+    """
     loaded = _load(run, root, seed)
     empty = not comparisons.read_bytes().strip()
-    found = {} if empty else loaded.adapt(loaded.read(comparisons, allow_empty=True))
+    if prior is not None:
+        _one(loaded, comparisons, prior, method, user_id, empty).save(out)
+        say(f"1 user adapted; state written to {out}")
+        return
+    found = {} if empty else loaded.adapt(loaded.read(comparisons, allow_empty=True), method=method)
     name = loaded.known_as(user_id) if user_id else ""
     if "" in found:
         found[name] = found.pop("")
@@ -208,12 +222,16 @@ def score(
     debug: Annotated[bool, typer.Option(help="Show tracebacks.")] = False,
 ) -> None:
     """Rewards, P(first) and uncertainty of each pair, and whose state was used."""
+    from pluralprefs.adapted import is_one_user
     from pluralprefs.data.files import write_frame
 
     loaded = _load(run, root, seed)
     table = loaded.read(data, labelled=False)
     users = loaded.load_users(user) if user else {}
-    scores = loaded.score(_named(table, users), users)
+    table = _named(table, users)
+    if user and is_one_user(user):
+        table = _departing(table, loaded.load_user(user))
+    scores = loaded.score(table, users)
     if users and not (scores["user_source"] == "adapted").any():
         warn(f"{user}: none of its users is in {data}")
     if out is None:
@@ -302,6 +320,11 @@ def report(
     say(f"{html}: written")
 
 
+app.command(epilog="Example: pluralprefs suggest runs/2026-... --pool pool.jsonl --user user.safetensors -n 5")(suggest)
+app.command(epilog="Example: pluralprefs ask runs/2026-... --pool pool.jsonl --user user.safetensors")(ask)
+app.command(epilog="Example: pluralprefs choose runs/2026-... --user user.safetensors --input responses.jsonl")(choose)
+
+
 @data_app.command(epilog="Example: pluralprefs data check my.jsonl")
 @plainly
 def check(
@@ -314,6 +337,16 @@ def check(
     say(summary(*read_checked(data)))
 
 
+def _one(loaded: Run, path: Path, prior: str, method: str, user_id: str, empty: bool) -> AdaptedUser:
+    """The one user of a file, named by `user_id` where the file does not say."""
+    from dataclasses import replace
+
+    user = loaded.adapt(None if empty else loaded.read(path, allow_empty=True), prior=prior, method=method)
+    if user.name and user_id:
+        warn(f"{path}: names its own user, so --user-id {user_id} is not used")
+    return replace(user, name=user.name or (loaded.known_as(user_id) if user_id else ""))
+
+
 def _named(table: pl.DataFrame, users: dict[str, Any]) -> pl.DataFrame:
     """Pairs without users are scored for the file's user where it holds one only."""
     import polars as pl
@@ -321,6 +354,16 @@ def _named(table: pl.DataFrame, users: dict[str, Any]) -> pl.DataFrame:
     if len(users) != 1:
         return table
     return table.with_columns(pl.col("user_id").fill_null(next(iter(users))))
+
+
+def _departing(table: pl.DataFrame, user: AdaptedUser) -> pl.DataFrame:
+    """The user's own pairs depart from the user's community where they name none."""
+    import polars as pl
+
+    mine, own = pl.col("user_id") == user.name, user.own(table)
+    return table.with_columns(
+        pl.when(mine).then(own[name]).otherwise(pl.col(name)).alias(name) for name in table.columns
+    )
 
 
 def _experiments(source: str, only: str | None, root: Path) -> list[Experiment]:

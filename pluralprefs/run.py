@@ -3,6 +3,8 @@
     run = load("runs/2026-11-21T10-32-05-low_rank-mine-7f3a")
     users = run.adapt(comparisons)                 # {user_id: UserPosterior}, all in one call
     scores = run.score(pairs, users)               # rewards, P(first), uncertainty and whose state was used
+    user = run.adapt(comparisons, prior="population")     # one user, who can be updated and saved (`adapted`)
+    answers = run.score("Which tea?", ["Assam", "Sencha"], user=user)
 
 A folder holds the described experiment, the sizes and names of the data, parameters (Orbax, one checkpoint a seed),
 feature maps, and, only where `save_users` was on, the training rows of the seen users: their states are functions of
@@ -14,10 +16,10 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, overload
 
 import jax
 import jax.numpy as jnp
@@ -25,9 +27,18 @@ import numpy as np
 import polars as pl
 
 from pluralprefs.adapt import laplace_user, neutral_size
-from pluralprefs.adapting import adapt_and_predict, adapt_units, mean_rewards, predict_rows
+from pluralprefs.adapted import AdaptedUser, adapted, adapter, flat, load_states, load_user, save_states
+from pluralprefs.adapting import (
+    adapt_and_predict,
+    adapt_rectangles,
+    adapt_units,
+    mean_rewards,
+    predict_rows,
+    probability_std,
+)
 from pluralprefs.attributes.source import COLUMNS
 from pluralprefs.attributes.source import restore as restore_source
+from pluralprefs.choosing import against_average, responses_table
 from pluralprefs.contrasts import controls
 from pluralprefs.data import batches, comparisons, splits
 from pluralprefs.data.files import DataError
@@ -53,7 +64,7 @@ from pluralprefs.registry.files import RegistryError, load_arrays, save_arrays, 
 from pluralprefs.registry.folder import RunFolder, open_run
 from pluralprefs.train import CheckpointStore
 from pluralprefs.types import Comparisons, Covariance, Item, ScalarReward, UserPosterior
-from pluralprefs.users import Users, neutral, ravel
+from pluralprefs.users import Users, neutral
 
 ROW_FIELDS = ("first", "second", "target", "tie", "user", "community", "rater", "source", "offset", "weight")
 
@@ -73,7 +84,7 @@ def save_shared(folder: RunFolder, experiment: Experiment, prepared: Prepared) -
     write_json(path / "vocabulary.json", {name: list(values) for name, values in names.items()})
     write_json(path / "sizes.json", sizes)
     if maps is not None:
-        save_arrays(path / "features.safetensors", _arrays(maps))
+        save_arrays(path / "features.safetensors", flat(maps))
     if isinstance(prepared.encoder, AttributeEncoder):
         prepared.encoder.save(path / "encoder.json")
     if isinstance(prepared.attributes, AttributeEncoder):
@@ -81,7 +92,7 @@ def save_shared(folder: RunFolder, experiment: Experiment, prepared: Prepared) -
     elif prepared.attributes is not None:
         prepared.attributes.save(path)
     if experiment.save_users:
-        save_arrays(path / "items.safetensors", _arrays(prepared.features))
+        save_arrays(path / "items.safetensors", flat(prepared.features))
 
 
 def save_seed(folder: RunFolder, experiment: Experiment, seed: int, fitted: Fitted) -> None:
@@ -104,11 +115,6 @@ def save_seed(folder: RunFolder, experiment: Experiment, seed: int, fitted: Fitt
 
 def _full(experiment: Experiment) -> bool:
     return experiment.users.covariance == "full" and "user" in experiment.users.levels
-
-
-def _arrays(tree: Any) -> dict[str, np.ndarray]:
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    return {jax.tree_util.keystr(path, simple=True, separator="/"): np.asarray(leaf) for path, leaf in leaves}
 
 
 @dataclass(frozen=True)
@@ -144,22 +150,46 @@ class Run:
         loader: Any = self.experiment.data
         return dict(loader.keywords) if getattr(loader, "func", None) is comparisons.read else {}
 
-    def adapt(self, table: pl.DataFrame) -> dict[str, UserPosterior]:
-        """Adapt every user of a comparisons table (one or a hundred thousand) and return their posteriors by user_id.
+    @overload
+    def adapt(self, table: pl.DataFrame, *, method: str = ...) -> dict[str, UserPosterior]: ...
+    @overload
+    def adapt(self, table: pl.DataFrame | None = ..., *, prior: str, method: str = ...) -> AdaptedUser: ...
+    def adapt(
+        self, table: pl.DataFrame | None = None, *, prior: str | None = None, method: str = ""
+    ) -> dict[str, UserPosterior] | AdaptedUser:
+        """Adapt every user of a comparisons table, or, with `prior`, the one user of a table or of none.
 
-        Rows without a user belong to one user, named "". No rows give an empty dict; a user is at the prior until a
-        comparison says otherwise. Contradictory and tied comparisons are data.
+        All (one or a hundred thousand): posteriors by user_id. Rows without a user belong to one user, named "". No
+        rows give an empty dict. One, who departs from `prior`, "population" or "community:NAME" (a row's own community
+        comes first): an `AdaptedUser`, who can be updated, saved and asked.
+
+        A user is at the prior until a comparison says otherwise; order does not matter; contradictory and tied
+        comparisons are data. `method` is "laplace", "map" or the run's own adapter. Raises DataError.
         """
+        if prior is not None:
+            return adapted(self, table, prior, method)
+        if table is None:
+            raise DataError('adapt: give a table, or a prior such as "population" for a user without comparisons')
+        found = {
+            name: jax.tree.map(lambda x, i=i: x[i], stacked).replace(base=self.fingerprint)
+            for names, stacked in self.adapt_stacked(table, method=method)
+            for i, name in enumerate(names)
+        }
+        return {name: found[name] for name in table["user_id"].fill_null("").unique(maintain_order=True)}
+
+    def adapt_stacked(self, table: pl.DataFrame, *, method: str = "") -> Iterator[tuple[list[str], UserPosterior]]:
+        """Yield names of users and their posteriors, stacked [users, ...]: what `user_shards` writes."""
+        chosen = adapter(self, method)
+        if not table.height:
+            return
         names = table["user_id"].fill_null("").to_list()
-        order = list(dict.fromkeys(names))
-        if not order:
-            return {}
-        place = {name: i for i, name in enumerate(order)}
-        items, rows = self._arrays(table)
+        place = {name: i for i, name in enumerate(dict.fromkeys(names))}
+        order = list(place)
+        items, rows = self.arrays(table)
         rows = rows.replace(weight=(rows.weight * self.notes.get("temper", 1.0)).astype(np.float32))
-        found = adapt_units(self.model, self.users, items, rows, np.array([place[name] for name in names]),
-                            adapter=self.experiment.adapter)  # fmt: skip
-        return {order[unit]: posterior.replace(base=self.fingerprint) for unit, posterior in found.items()}
+        unit = np.array([place[name] for name in names])
+        for units, stacked in adapt_rectangles(self.model, self.users, items, rows, unit, adapter=chosen):
+            yield [order[u] for u in units], stacked
 
     def prior(self) -> UserPosterior:
         """The posterior of a user of whom nothing is known."""
@@ -167,29 +197,50 @@ class Run:
         covariance = Covariance(self.users.user_root, jnp.zeros((0, size)))
         return UserPosterior(neutral(self.model), covariance, self.fingerprint)
 
-    def score(self, table: pl.DataFrame, users: Mapping[str, UserPosterior] | None = None) -> pl.DataFrame:
+    @overload
+    def score(
+        self, table: pl.DataFrame, users: Mapping[str, UserPosterior] | None = ..., *, user: AdaptedUser | None = ...
+    ) -> pl.DataFrame: ...
+    @overload
+    def score(
+        self, table: str | list[dict[str, str]], users: Sequence[str] | pl.DataFrame, *, user: AdaptedUser
+    ) -> pl.DataFrame: ...
+    def score(self, table: Any, users: Any = None, *, user: AdaptedUser | None = None) -> pl.DataFrame:
         """Score comparisons, one row each: rewards, log-odds with standard deviation, P(first) and whose state it was.
 
-        `user_source` is "adapted" (given in `users`), "seen" (a user of the training data, kept in the run), else
-        "community" or "population": the prior of a stranger. The probability is moderated by the uncertainty.
+        `user_source` is "adapted" (given in `users`, or all of them `user`'s), "seen" (a user of the training data,
+        kept in the run), else "community" or "population": the prior of a stranger. The probability is moderated by the
+        uncertainty.
+
+        Or score responses to one prompt for one user, `score(prompt, responses, user=user)`, one row each: log-odds
+        of the response against the average of all of them, with standard deviation. Responses are texts, or a table
+        with `response` and the attribute columns that the run reads.
         """
+        if not isinstance(table, pl.DataFrame):
+            if user is None:
+                raise DataError("score(prompt, responses) needs user=, such as run.adapt(prior='population')")
+            return self._score_responses(responses_table(table, users), user)
+        if user is not None:
+            if users is not None:
+                raise DataError("score: give users or user, not both")
+            table, users = user.own(table), {user.name: user.posterior}
         for name, posterior in (users or {}).items():
             if posterior.base not in ("", self.fingerprint):
                 raise DataError(f"the state of user {name!r} belongs to another model than {self.folder.name!r}: adapt "
                                 "the user to this run")  # fmt: skip
-        items, rows = self._arrays(table)
+        items, rows = self.arrays(table)
         mean, variance = np.zeros(table.height), np.zeros(table.height)
         names = table["user_id"].fill_null("").to_list()
         given = np.array([name in (users or {}) for name in names], bool)
         self._score_given(items, rows, names, given, users or {}, mean, variance)
         others = np.flatnonzero(~given)
-        user = np.where(self.rows is None, -1, rows.user)[others]
+        known = np.where(self.rows is None, -1, rows.user)[others]
         if len(others):
             part = jax.tree.map(lambda x: x[others], rows)
-            mean[others], variance[others] = self._score_table(items, part, user)
+            mean[others], variance[others] = self._score_table(items, part, known)
         pooled = "community" if bool(jnp.any(self.users.community_root > 0)) else "population"
         source = np.where(rows.community >= 0, pooled, "population").astype(object)
-        source[others[user >= 0]] = "seen"
+        source[others[known >= 0]] = "seen"
         source[given] = "adapted"
         rewards = self._rewards(items, rows, names, users or {})
         logits = mean / np.sqrt(1 + np.pi * variance / 8)
@@ -201,9 +252,36 @@ class Run:
             user_source=pl.Series(list(source), dtype=pl.Utf8),
         )
 
-    def predict_proba(self, table: pl.DataFrame, users: Mapping[str, UserPosterior] | None = None) -> np.ndarray:
-        """P(first preferred) of each comparison, [rows]."""
-        return self.score(table, users)["probability"].to_numpy()
+    @overload
+    def predict_proba(
+        self, table: pl.DataFrame, users: Mapping[str, UserPosterior] | None = ..., *, user: AdaptedUser | None = ...,
+        return_std: Literal[False] = ...,
+    ) -> np.ndarray: ...  # fmt: skip
+    @overload
+    def predict_proba(
+        self, table: pl.DataFrame, users: Mapping[str, UserPosterior] | None = ..., *, user: AdaptedUser | None = ...,
+        return_std: Literal[True],
+    ) -> tuple[np.ndarray, np.ndarray]: ...  # fmt: skip
+    def predict_proba(
+        self, table: pl.DataFrame, users: Mapping[str, UserPosterior] | None = None, *, user: AdaptedUser | None = None,
+        return_std: bool = False,
+    ) -> Any:  # fmt: skip
+        """P(first preferred) of each comparison, [rows], and with `return_std` how far it is known, [rows].
+
+        The latter is the standard deviation of the user's own probability under the posterior: 0 where nothing about
+        the user is open, at most 1/2.
+        """
+        scores = self.score(table, users, user=user)
+        probability = scores["probability"].to_numpy()
+        if not return_std:
+            return probability
+        return probability, probability_std(scores["log_odds"].to_numpy(), scores["log_odds_std"].to_numpy())
+
+    def _score_responses(self, items: pl.DataFrame, user: AdaptedUser) -> pl.DataFrame:
+        found = against_average(self, self.encode(items), items.height, user)
+        return pl.DataFrame(
+            {"response": items["text"], "log_odds": found.mean, "log_odds_std": np.sqrt(np.diag(found.covariance))}
+        )
 
     def evaluate(self, table: pl.DataFrame) -> pl.DataFrame:
         """Metric rows of every cell, control and baseline on other data, which need no cells.
@@ -212,7 +290,7 @@ class Run:
         a user was trained on are left out. Of a user it does not know a fifth of the pairs is tested (unseen/testpair)
         and the shots come from the others. New prompts have no cells of their own here.
         """
-        items, rows = self._arrays(table)
+        items, rows = self.arrays(table)
         if "cell" not in table.columns:
             known = np.zeros(table.height, bool) if self.rows is None else np.isin(rows.user, self.rows.user)
             table = _with_cells(table, known & (np.asarray(rows.user) >= 0), self._trained(table, rows))
@@ -269,45 +347,33 @@ class Run:
 
     def save_users(self, path: str | Path, posteriors: Mapping[str, UserPosterior]) -> None:
         """Write user states to one safetensors file, with their names and this model's fingerprint in its metadata."""
-        arrays = {}
-        for number, posterior in enumerate(posteriors.values()):
-            arrays[f"{number}/mean"] = np.asarray(ravel(posterior.mean)[0])
-            if posterior.covariance is not None:
-                arrays[f"{number}/root"] = np.asarray(posterior.covariance.root)
-                arrays[f"{number}/downdate"] = np.asarray(posterior.covariance.downdate)
-        arrays["users"] = np.asarray(len(posteriors))
-        names = json.dumps(list(posteriors), ensure_ascii=False)
-        save_arrays(path, arrays, {"base": self.fingerprint, "users": names, "run": self.folder.name})
+        save_states(path, self, posteriors)
 
     def load_users(self, path: str | Path) -> dict[str, UserPosterior]:
         """Read user states. Raises DataError where they belong to another model."""
-        arrays, metadata = load_arrays(path)
-        if metadata.get("base") != self.fingerprint:
-            raise DataError(f"{path}: these users belong to run {metadata.get('run', '?')!r}, not to "
-                            f"{self.folder.name!r}: adapt them to this run")  # fmt: skip
-        unravel = ravel(neutral(self.model))[1]
-        found = {}
-        for number, name in enumerate(json.loads(metadata["users"])):
-            root = arrays.get(f"{number}/root")
-            downdate = arrays.get(f"{number}/downdate", np.zeros((0, 0)))
-            covariance = None if root is None else Covariance(jnp.asarray(root), jnp.asarray(downdate))
-            found[name] = UserPosterior(unravel(jnp.asarray(arrays[f"{number}/mean"])), covariance, self.fingerprint)
-        return found
+        return load_states(path, self)
 
-    def _arrays(self, table: pl.DataFrame) -> tuple[Item, Rows]:
-        """Encode and index a table in this run's vocabulary."""
+    def load_user(self, path: str | Path) -> AdaptedUser:
+        """Read one user with the comparisons behind the state, which `AdaptedUser.save` wrote. Raises DataError."""
+        return load_user(path, self)
+
+    def arrays(self, table: pl.DataFrame) -> tuple[Item, Rows]:
+        """Encode and index a table in this run's vocabulary: items, and rows in terms of them."""
         if not table.height:
             raise DataError("table: holds no comparisons; give at least one")
         items = batches.item_table(table)
+        return self.encode(items), batches.index_rows(table, items, self.vocabulary, self.experiment.community)
+
+    def encode(self, items: pl.DataFrame) -> Item:
+        """Encode an item table (`data.batches.item_table`) as training items were; the last rows are repetitions."""
         item = encode_items(items, self.encoder)
         embedding = np.asarray(item.embedding, np.float32)
         if self.maps is not None:
             embedding = self.maps(embedding, text_lengths(items))
         item = item.replace(embedding=embedding, index=item_positions(items, self.vocabulary))
         item = item if self.attributes is None else attach(self.attributes, items, item)
-        rows = batches.index_rows(table, items, self.vocabulary, self.experiment.community)
         place = np.pad(np.arange(items.height), (0, step_up(items.height) - items.height))  # few shapes to compile
-        return jax.tree.map(lambda x: jnp.asarray(np.asarray(x)[place]), item), rows
+        return jax.tree.map(lambda x: jnp.asarray(np.asarray(x)[place]), item)
 
     def _score_given(
         self, items: Item, rows: Rows, names: list[str], given: np.ndarray, users: Mapping[str, UserPosterior],
@@ -448,6 +514,6 @@ def _fingerprint(params: Any) -> str:
     """SHA-256 of the parameters that a user state depends on (not of the table of other users)."""
     digest = hashlib.sha256()
     users = params["users"].replace(user=None)
-    for name, value in sorted(_arrays({"model": params["model"], "users": users}).items()):
+    for name, value in sorted(flat({"model": params["model"], "users": users}).items()):
         digest.update(name.encode() + str(value.shape).encode() + np.ascontiguousarray(value).tobytes())
     return digest.hexdigest()[:32]

@@ -22,12 +22,12 @@ FLOORS = [
     "fitting",
     "adapting",  # lazily, adapting and pooling may import each other
     "pooling",
-    "training evaluate",
-    "profiles",
+    "training evaluate adapted",
+    "profiles asking choosing user_shards",
     "experiment",
     "run plots",
     "launch",
-    "export serve sweep report attributes_cli registry_cli wandb_cli",
+    "export serve sweep report attributes_cli registry_cli users_cli wandb_cli",
     "cli",
     "__init__",
 ]
