@@ -209,9 +209,9 @@ def _show(loaded: Run, before: AdaptedUser, after: AdaptedUser) -> None:
 
 def _profile(loaded: Run, *states: AdaptedUser) -> tuple[list[str], tuple[np.ndarray, np.ndarray], np.ndarray]:
     """Names, values before and after, and standard deviations of what is shown."""
+    import jax
     import numpy as np
 
-    from pluralprefs.adapt import covariance_root
     from pluralprefs.encoders.attributes import AttributeEncoder
     from pluralprefs.users import part_names, ravel
 
@@ -229,6 +229,8 @@ def _profile(loaded: Run, *states: AdaptedUser) -> tuple[list[str], tuple[np.nda
         if name != "gain":
             names[i] = encoded[place] if name == "linear" and place < len(encoded) else f"{name} {place + 1}".strip()
     old, new = (np.asarray(ravel(state.posterior.mean)[0]) for state in (before, after))
-    covariance = after.posterior.covariance
-    std = np.zeros(len(new)) if covariance is None else np.sqrt((np.asarray(covariance_root(covariance)) ** 2).sum(1))
-    return names, (old, new), std
+    spread = np.zeros(len(new))
+    if after.posterior.covariance is not None:
+        root, downdate = (np.asarray(factor) ** 2 for factor in jax.tree.leaves(after.posterior.covariance))
+        spread = np.maximum((root if root.ndim == 1 else root.sum(1)) - downdate.sum(0), 0.0)
+    return names, (old, new), np.sqrt(spread)

@@ -1,5 +1,7 @@
 """A run that nothing was fitted for: a family with drawn parameters, two communities, attribute columns as features."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -24,8 +26,9 @@ def handmade(table, model=None, *, base="handmade", residual=0.0, population=1.0
         population=jax.tree.map(lambda x: drawn(x, population), users.population), residual=jnp.float32(residual),
         community=users.community.replace(state=jax.tree.map(lambda x: drawn(x, 0.5), users.community.state)),
     )  # fmt: skip
+    experiment = Experiment(data=partial(comparisons.read, base), model=BradleyTerry.init)
     return Run(
-        folder=RunFolder(base), experiment=Experiment(data=comparisons.read, model=BradleyTerry.init), model=model,
-        users=users, vocabulary=batches.Vocabulary((), ("a", "b"), (), (), ()), maps=None, encoder=encoder,
-        attributes=None, notes={}, rows=None, items=None, judged=(), fingerprint=base,
+        folder=RunFolder(base), experiment=experiment, model=model, users=users, maps=None, encoder=encoder,
+        vocabulary=batches.Vocabulary((), ("a", "b"), (), (), ()), attributes=None, notes={}, rows=None, items=None,
+        judged=(), fingerprint=base,
     )  # fmt: skip

@@ -206,12 +206,13 @@ def test_a_run_may_be_named_by_a_part_of_its_name_everywhere(tmp_path, monkeypat
         monkeypatch.setattr(f"pluralprefs.{name}", found)
     for command in (
         ["adapt", part, "--comparisons", "x", "--out", "y"], ["score", part, "--input", "x"],
-        ["evaluate", part, "--data", "x"], ["profile", part, "--user", "all"], ["train", part],
+        ["evaluate", part, "--data", "x"], ["profile", part, "--user", "all"], ["suggest", part, "--pool", "x"],
+        ["ask", part, "--pool", "x", "--user", "y"], ["choose", part, "--input", "x"], ["train", part],
     ):  # fmt: skip
         assert "asked for" in call(*command, "--root", tmp_path / "runs").stderr
         none = f"{part}: no run folder, and no run in {tmp_path} has this in its name"
         assert none in call(*command, "--root", tmp_path).stderr
-    assert asked[:-1] == [run.path] * 4
+    assert asked[:-1] == [run.path] * 7
     assert describe(asked[-1]) == describe(experiment)
     assert "has no table 'attribute_weights'" in call("profile", part, "--root", tmp_path / "runs").stderr
     monkeypatch.chdir(tmp_path)

@@ -1,0 +1,61 @@
+"""Users in shards: the same states as in one call, resumed after a stop, refused where they are not the same users."""
+
+import numpy as np
+import polars as pl
+import pytest
+from handmade import handmade
+from tables import write
+
+from pluralprefs.data import comparisons
+from pluralprefs.data.files import DataError
+from pluralprefs.user_shards import read_shard, write_shards
+from pluralprefs.users import ravel
+
+
+@pytest.fixture(scope="module")
+def tables(tmp_path_factory):
+    """Ten users in three tables: some have said less than their state has coordinates, some more."""
+    path = write(tmp_path_factory.mktemp("many") / "said.jsonl", users=10, per_user=20, seed=2)
+    rows = comparisons.read(path).with_columns(place=pl.int_range(pl.len()).over("user_id"))
+    number = rows["user_id"].rank("dense")
+    rows = rows.filter(pl.col("place") < pl.Series(np.where(number % 2 == 0, 2, 20)))
+    number = rows["user_id"].rank("dense")
+    return [rows.filter(number.is_between(*ends)) for ends in ((1, 4), (5, 8), (9, 10))]
+
+
+@pytest.mark.parametrize("method", ["laplace", "map"])
+def test_shards_hold_what_one_call_gives(tables, tmp_path, method):
+    run = handmade(tables[0])
+    files = list(write_shards(run, tables, tmp_path, method=method))
+    expected = run.adapt(pl.concat(tables), method=method)
+    found = {name: state for file in files for name, state in read_shard(run, file).items()}
+    assert set(found) == set(expected)
+    assert [file.name for file in files] == [f"users-0000{i}.safetensors" for i in range(3)]
+    asked = tables[0].with_columns(user_id=pl.Series([list(found)[i % 10] for i in range(tables[0].height)]))
+    for name, state in found.items():
+        np.testing.assert_allclose(ravel(state.mean)[0], ravel(expected[name].mean)[0], atol=1e-5)
+    scores = [run.score(asked, states)["log_odds_std"].to_numpy() for states in (found, expected)]
+    np.testing.assert_allclose(*scores, atol=1e-4)
+
+
+def test_a_stopped_call_goes_on_and_other_users_are_refused(tables, tmp_path, monkeypatch):
+    run = handmade(tables[0])
+    stopped = write_shards(run, tables, tmp_path)
+    first = next(stopped).read_bytes()
+    stopped.close()
+    solved, whole = [], type(run).adapt_stacked
+
+    def watched(self, table, **options):
+        solved.append(table.height)
+        return whole(self, table, **options)
+
+    monkeypatch.setattr(type(run), "adapt_stacked", watched)
+    files = list(write_shards(run, iter(tables), tmp_path))
+    assert solved == [tables[1].height, tables[2].height]
+    assert files[0].read_bytes() == first
+    with pytest.raises(DataError, match="is of other users"):
+        list(write_shards(run, tables[1:], tmp_path))
+    with pytest.raises(DataError, match="in table 1 and in an earlier one"):
+        list(write_shards(run, [tables[0], tables[0]], tmp_path / "twice"))
+    with pytest.raises(DataError, match="is no shard of users"):
+        read_shard(handmade(tables[0], base="other"), files[0])
