@@ -151,9 +151,14 @@ def curve(task: Task, rule: str, seed: int) -> np.ndarray:
 def show(tasks: list[Task]) -> None:
     """Print the table of several tasks of one kind, a seed each."""
     rules = ("bald", "d_optimal", "random")  # eubo looks for the best option, not for the user
-    curves = {
-        rule: np.concatenate([curve(task, rule, seed) for seed, task in enumerate(tasks)], axis=1) for rule in rules
-    }
+    curves = {}
+    for rule in rules:
+        draws = DRAWS if rule == "random" else 1
+        each = [
+            np.mean([curve(task, rule, seed + 10 * draw) for draw in range(draws)], axis=0)
+            for seed, task in enumerate(tasks)
+        ]
+        curves[rule] = np.concatenate(each, axis=1)
     user = pl.Series([f"{seed}/{u}" for seed, task in enumerate(tasks) for u in range(len(task.right))])
     best = np.concatenate([(100 * np.maximum(task.right, 1 - task.right)).mean(1) for task in tasks])
     console.print(f"{len(user)} users; the best possible is {best.mean():.1f}", highlight=False)

@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from pluralprefs.adapt import fit_user, laplace_user
+    from pluralprefs.asking import suggest
+    from pluralprefs.choosing import choose
     from pluralprefs.contrasts import paired_difference
     from pluralprefs.data.comparisons import DataError, read, validate, write
     from pluralprefs.data.splits import leak_report, split
@@ -34,6 +36,7 @@ _WHERE = {
     "Experiment": "experiment",
     "Pooled": "users",
     "Run": "run",
+    "choose": "choosing",
     "describe": "describe",
     "evaluate": "evaluate",
     "fit": "launch",
@@ -48,6 +51,7 @@ _WHERE = {
     "resolve": "describe",
     "run": "launch",
     "split": "data.splits",
+    "suggest": "asking",
     "summarise": "metrics",
     "validate": "data.comparisons",
     "write": "data.comparisons",
@@ -58,6 +62,7 @@ __all__ = [
     "Experiment",
     "Pooled",
     "Run",
+    "choose",
     "describe",
     "evaluate",
     "fit",
@@ -72,6 +77,7 @@ __all__ = [
     "resolve",
     "run",
     "split",
+    "suggest",
     "summarise",
     "validate",
     "write",
