@@ -89,8 +89,8 @@ def main(users: int) -> None:
             if len(seconds) == 1:
                 print(f"first shard: {seconds[0]:.1f} s with compilation, {memory():.2f} GB")
         rest = (seconds[-1] - seconds[0]) / max(len(seconds) - 1, 1)
-        print(f"{users} users x {SHOTS}, K = {FEATURES}: {seconds[-1]:.1f} s, {rest:.1f} s a shard of {SHARD} after "
-              f"the first; {memory():.2f} GB; {size / 1e6:.0f} MB on disk; drawing the data {waiting:.1f} s")  # fmt: skip
+        print(f"{users} users x {SHOTS}, K = {FEATURES}: {seconds[-1]:.1f} s, {rest:.1f} s a shard after the "
+              f"first; {memory():.2f} GB; {size / 1e6:.0f} MB on disk; drawing the data {waiting:.1f} s")  # fmt: skip
 
 
 if __name__ == "__main__":

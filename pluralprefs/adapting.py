@@ -210,13 +210,11 @@ def adapt_one(
 ) -> UserPosterior:
     """Adapt one unit to rows that carry their items (at least one row, NumPy)."""
     n = len(support.target)
-    index = np.concatenate([np.arange(n), np.full(step_up(n) - n, -1)])  # few shapes to compile
-    return jax.device_get(_adapt_one(model, users, padded(strangers(support), index), adapter))
-
-
-@partial(jax.jit, static_argnames="adapter")
-def _adapt_one(model: Any, users: Users, support: Comparisons[Item], adapter: Callable[..., Any]) -> UserPosterior:
-    return adapter(model, support, users)
+    both = jax.tree.map(lambda a, b: np.concatenate([a, b]), support.first, support.second)
+    items = take(both, np.pad(np.arange(2 * n), (0, step_up(2 * n) - 2 * n)))  # few shapes to compile
+    rows = support.replace(first=np.arange(n), second=n + np.arange(n))
+    [(_, stacked)] = adapt_rectangles(model, users, items, rows, np.zeros(n, int), adapter=adapter)
+    return take(stacked, 0)
 
 
 def joint_log_odds(model: Any, users: Users, items: Item, posterior: UserPosterior, rows: Rows) -> Joint:

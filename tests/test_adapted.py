@@ -52,16 +52,17 @@ def test_updates_in_any_order_are_all_at_once(small_run, said):
 
 
 def test_no_comparisons_are_the_prior_and_more_comparisons_narrow_it(small_run, said):
+    """The prior's log-odds are w.(e_first - e_second), their variance |e_first - e_second|^2 and that of the gain."""
     prior = small_run.adapt(prior="population")
     np.testing.assert_array_equal(mean(prior), 0.0)
-    user = prior.update(said)
-    pairs = said.select(pl.all().exclude("user_id")).with_columns(user_id=pl.lit(None, pl.Utf8))
-    expected = small_run.score(pairs.with_columns(user_id=pl.lit("nobody")))
-    found = small_run.score(pairs, user=prior)
+    items, rows = small_run.arrays(said)
+    difference = np.asarray(items.embedding)[rows.first] - np.asarray(items.embedding)[rows.second]
+    log_odds = difference @ np.asarray(small_run.users.population["linear"])
+    found = small_run.score(said, user=prior)
     assert set(found["user_source"]) == {"adapted"}
-    np.testing.assert_allclose(found["log_odds"], expected["log_odds"], atol=1e-5)
-    np.testing.assert_allclose(found["log_odds_std"], expected["log_odds_std"], atol=1e-4)
-    assert (small_run.score(pairs, user=user)["log_odds_std"] < found["log_odds_std"]).all()
+    np.testing.assert_allclose(found["log_odds"], log_odds, atol=1e-5)
+    np.testing.assert_allclose(found["log_odds_std"], np.sqrt((difference**2).sum(1) + log_odds**2), atol=1e-4)
+    assert (small_run.score(said, user=prior.update(said))["log_odds_std"] < found["log_odds_std"]).all()
 
 
 def test_contradictions_and_ties_are_data(small_run, said):
