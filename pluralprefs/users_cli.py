@@ -200,6 +200,9 @@ def _counted(person: AdaptedUser) -> str:
 def _show(loaded: Run, before: AdaptedUser, after: AdaptedUser) -> None:
     """Print what moved most: the attribute profile where the run has one, else coordinates of the state."""
     names, (old, new), std = _profile(loaded, before, after)
+    if not abs(new - old).max():
+        say("  nothing moved")
+        return
     scale = abs(new).max() or 1.0
     for i in sorted(range(len(names)), key=lambda i: -abs(new[i] - old[i]))[:SHOWN]:
         bar = "#" * round(10 * abs(new[i]) / scale)
@@ -212,7 +215,6 @@ def _profile(loaded: Run, *states: AdaptedUser) -> tuple[list[str], tuple[np.nda
     import jax
     import numpy as np
 
-    from pluralprefs.encoders.attributes import AttributeEncoder
     from pluralprefs.users import part_names, ravel
 
     before, after = states
@@ -221,13 +223,13 @@ def _profile(loaded: Run, *states: AdaptedUser) -> tuple[list[str], tuple[np.nda
         rows = [loaded.profile({"": s.posterior}, community=community).filter(kind="preference") for s in states]
         half = (rows[1]["ci_high"] - rows[1]["ci_low"]).to_numpy() / 2 / 1.96
         return rows[1]["attribute"].to_list(), (rows[0]["mean"].to_numpy(), rows[1]["mean"].to_numpy()), half
-    names = list(part_names(after.posterior.mean))
-    count: dict[str, int] = {}
-    encoded = loaded.encoder.names if isinstance(loaded.encoder, AttributeEncoder) else ()
-    for i, name in enumerate(names):
-        place = count[name] = count.get(name, -1) + 1
-        if name != "gain":
-            names[i] = encoded[place] if name == "linear" and place < len(encoded) else f"{name} {place + 1}".strip()
+    source = loaded.encoder if loaded.attributes is None else loaded.attributes
+    columns, parts = getattr(source, "names", ()), part_names(after.posterior.mean)
+    names = []
+    for i, part in enumerate(parts):
+        place = i - parts.index(part)
+        own = columns[place] if parts.count(part) == len(columns) else str(place + 1)
+        names.append(part if parts.count(part) == 1 else f"{part} {own}".strip())
     old, new = (np.asarray(ravel(state.posterior.mean)[0]) for state in (before, after))
     spread = np.zeros(len(new))
     if after.posterior.covariance is not None:

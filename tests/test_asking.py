@@ -80,6 +80,10 @@ def test_greedy_volume_is_that_of_the_whole_design():
         information.append(dense(0.0, np.sqrt(row @ spread @ row), lambda x: 0.25 / np.cosh(x / 2) ** 2))
         spread = np.linalg.inv(np.linalg.inv(spread) + information[-1] * np.outer(row, row))
     np.testing.assert_allclose(worth.sum(), -0.5 * np.linalg.slogdet(spread)[1], atol=1e-4)
+    more = np.random.default_rng(2).normal(size=(6, 2))  # what `minus` takes away again
+    again = pick_rows(Joint(np.zeros(6), np.hstack([plus, more]), more), 4, "d_optimal", level=np.zeros(6))
+    np.testing.assert_array_equal(again[0], chosen)
+    np.testing.assert_allclose(again[1], worth)
 
 
 def test_what_no_level_explains_makes_a_question_worth_less():

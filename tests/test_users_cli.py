@@ -13,7 +13,7 @@ from handmade import handmade
 from tables import write
 from typer.testing import CliRunner
 
-from pluralprefs import users_cli
+from pluralprefs import cli, users_cli
 from pluralprefs.adapted import AdaptedUser
 from pluralprefs.cli import app
 from pluralprefs.data import comparisons
@@ -30,7 +30,8 @@ def run(tmp_path, monkeypatch):
         del line["target"], line["user_id"]
     path.write_text("\n".join(map(json.dumps, lines)), "utf8")
     made = handmade(table)
-    monkeypatch.setattr(users_cli, "_load", lambda *_: made)
+    for module in (cli, users_cli):
+        monkeypatch.setattr(module, "_load", lambda *_: made)
     return made
 
 
@@ -64,6 +65,7 @@ def test_a_session_asks_saves_skips_undoes_and_goes_on(run, tmp_path):
     done = call(*arguments, said="1\nwhat?\n2\ns\nt\nu\nq\n")
     assert done.output.count("[1] first") == 2  # once at the start, once where nobody understood
     assert "2 comparisons, 1 skipped" in done.output
+    assert done.output.count("nothing moved") == 1  # by what was skipped
     user = run.load_user(file)
     assert user.rows.target.tolist() == [1.0, 0.0, 0.5]
     assert user.rows.weight.tolist() == [1.0, 1.0, 0.0]
@@ -83,6 +85,22 @@ def test_a_session_asks_saves_skips_undoes_and_goes_on(run, tmp_path):
     undone = call(*arguments, said="u\n" * 6 + "q\n")
     assert "nothing to undo" in undone.output
     assert run.load_user(file).ids == ()
+
+
+def test_a_user_of_a_community_is_adapted_and_scored_from_there(run, tmp_path):
+    said = write(tmp_path / "said.jsonl", users=1, per_user=6, seed=5)
+    file, pool = tmp_path / "u.safetensors", tmp_path / "pool.jsonl"
+    done = call("adapt", "RUN", "--comparisons", said, "--prior", "community:b", "--out", file)
+    assert "1 user adapted" in done.output
+    user = run.load_user(file)
+    scored = [json.loads(line) for line in call("score", "RUN", "--user", file, "--input", pool).output.splitlines()]
+    table = run.read(pool, labelled=False)
+    for expected, alike in ((run.score(table, user=user), True), (run.score(table, {"": user.posterior}), False)):
+        assert np.allclose([row["log_odds"] for row in scored], expected["log_odds"], atol=1e-6) == alike
+    empty = tmp_path / "empty.jsonl"
+    empty.write_text("")
+    call("adapt", "RUN", "--comparisons", empty, "--prior", "population", "--user-id", "ana", "--out", file)
+    assert run.load_user(file).name == run.known_as("ana")
 
 
 def test_an_answer_is_on_disk_before_the_next_question(run, tmp_path, monkeypatch):
@@ -111,7 +129,8 @@ def test_a_session_ends_with_its_pool_and_shows_what_moved(run, tmp_path):
     pool.write_text("\n".join(lines[:2]), "utf8")
     done = call("ask", "RUN", "--pool", pool, "--user", tmp_path / "u.safetensors", said="1\n1\n")
     assert "nothing is left to ask" in done.output
-    assert "x " in done.output
+    assert "linear x " in done.output
+    assert "gain " in done.output
     assert "(was +0.00, +-" in done.output
     assert call("ask", "RUN", "--pool", pool, "--user", tmp_path / "u.safetensors", said="").output.count(">") == 0
 
