@@ -24,6 +24,7 @@ References: MacKay 1992 and Rasmussen and Williams 2006, chapter 3 (Laplace, mod
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -68,14 +69,20 @@ def solve_rows(
     """Solve for a deviation from the table's base with one latent value per row: any family, any user state."""
     unravel = ravel(neutral(model))[1]
 
-    def value(beta: Vector, row: Comparisons[Item]) -> Float[Array, ""]:
-        return _row_log_odds(model, users, unravel(apply_root(root, beta)), row)
+    def at_base(row: Comparisons[Item]) -> tuple[Any, Float[Array, ""]]:
+        base, _ = gather(users, row.community, jnp.asarray(-1))
+        return base, model.log_odds(base, row.first, row.second)
+
+    known = jax.vmap(at_base)(support)  # once, not in every step
+
+    def value(beta: Vector, row: Comparisons[Item], base: Any, known: Float[Array, ""]) -> Float[Array, ""]:
+        return deviating_log_odds(model, base, unravel(apply_root(root, beta)), row, users.scale, known)
 
     def values(beta: Vector) -> Float[Array, " rows"]:
-        return jax.vmap(lambda row: value(beta, row))(support)
+        return jax.vmap(partial(value, beta))(support, *known)
 
     def slopes(beta: Vector) -> Float[Array, "rows size"]:
-        return jax.vmap(lambda row: jax.grad(value)(beta, row))(support)
+        return jax.vmap(partial(jax.grad(value), beta))(support, *known)
 
     n, size = support.target.shape[0], neutral_size(model)
     if n > size:

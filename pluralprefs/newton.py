@@ -92,10 +92,10 @@ def newton(
         return _solve(a, gram, curvature, curvature @ (a @ beta) + gradient)
 
     mean = _descend(propose, jax.vmap(objective), size, steps)
-    a = at(mean)
-    gradient, curvature = _curvature(_logits(values(mean), rows), rows, a.shape[0])
-    _, covariance, shape, determinant = _posterior(a, gram, curvature, gradient)
     if not rounds:
+        a = at(mean)
+        gradient, curvature = _curvature(_logits(values(mean), rows), rows, a.shape[0])
+        _, _, shape, determinant = _posterior(a, gram, curvature, gradient)
         return Solution(mean, *shape, -objective(mean) - 0.5 * determinant)
 
     def bound(mean: Vector, covariance: Array, curvature: Array, determinant: Array) -> Array:
@@ -104,17 +104,16 @@ def newton(
         known = jnp.sum(curvature * covariance)  # size minus the trace of the whitened covariance
         return -jnp.sum(nats) - 0.5 * (mean @ mean - known + determinant)
 
-    def again(best: tuple[Solution, Array], _: Any) -> tuple[tuple[Solution, Array], None]:
-        (mean, *_), covariance = best
+    def again(mean: Vector, covariance: Array, moved: Array) -> tuple[Solution, Array]:
         a, spread = at(mean), _row_variance(covariance, rows)
         gradient, curvature = _curvature(_logits(values(mean), rows), rows, a.shape[0], spread)
         target = curvature @ (a @ mean) + gradient
-        mean, covariance, shape, determinant = _posterior(a, gram, curvature, target)
-        found = Solution(mean, *shape, bound(mean, covariance, curvature, determinant)), covariance
-        return _better(found, best), None
+        settled, covariance, shape, determinant = _posterior(a, gram, curvature, target)
+        mean = jnp.where(moved, settled, mean)
+        return Solution(mean, *shape, bound(mean, covariance, curvature, determinant)), covariance
 
-    best = Solution(mean, *shape, bound(mean, covariance, curvature, determinant)), covariance
-    return jax.lax.scan(again, best, length=rounds)[0][0]
+    latents = jax.eval_shape(at, mean).shape[0]
+    return _rounds(again, mean, latents, rounds)
 
 
 def _descend(
@@ -124,17 +123,34 @@ def _descend(
     """Go from zero to the mode by steps that never raise the objective; of equally good ones by the longest."""
 
     def step(carry: tuple) -> tuple:
-        i, beta, lowest, _ = carry
+        i, beta, _ = carry
         proposal = propose(beta)
-        trials = jnp.stack([beta + t * (proposal - beta) for t in LENGTHS])
+        trials = jnp.stack([beta + t * (proposal - beta) for t in LENGTHS] + [beta])
         found = jnp.nan_to_num(objectives(trials), nan=jnp.inf)
-        best = trials[jnp.argmax(found <= jnp.min(found) + _rounding(lowest))]
-        new = jnp.where(jnp.min(found) <= lowest + _rounding(lowest), best, beta)
-        return i + 1, new, jnp.minimum(jnp.min(found), lowest), jnp.max(jnp.abs(new - beta))
+        new = trials[jnp.argmax(found <= jnp.min(found) + _rounding(found[-1]))]
+        return i + 1, new, jnp.max(jnp.abs(new - beta))
 
-    start = jnp.zeros(size)
-    carry = (0, start, objectives(start[None, :])[0], jnp.asarray(jnp.inf))
-    return jax.lax.while_loop(lambda carry: (carry[0] < steps) & (carry[3] > 1e-4), step, carry)[1]
+    carry = (0, jnp.zeros(size), jnp.asarray(jnp.inf))
+    return jax.lax.while_loop(lambda carry: (carry[0] < steps) & (carry[2] > 1e-4), step, carry)[1]
+
+
+def _rounds(
+    again: Callable[[Vector, Array, Array], tuple[Solution, Array]], mode: Vector, latents: int, rounds: int
+) -> Solution:
+    """Take the posterior at the mode, then `rounds` of moments, each from the covariance before.
+
+    again(mean, covariance of the latent values, moved) returns both anew, the mean as it was unless `moved`. The mode
+    is a round without variance that does not move, so that one program serves all: compiling is most of a small fit.
+    """
+    none = jnp.zeros((latents, latents))
+    empty = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(again, mode, none, jnp.asarray(True)))
+
+    def one(best: tuple[Solution, Array], i: Array) -> tuple[tuple[Solution, Array], None]:
+        mean = jnp.where(i > 0, best[0].mean, mode)
+        found = again(mean, best[1], i > 0)
+        return jax.tree.map(partial(jnp.where, i > 0), _better(found, best), found), None
+
+    return jax.lax.scan(one, empty, jnp.arange(rounds + 1))[0][0]
 
 
 def _better(found: tuple[Solution, Array], best: tuple[Solution, Array]) -> tuple[Solution, Array]:
@@ -310,18 +326,16 @@ def by_coordinates(
     def solution(mean: Vector, covariance: Array, evidence: Array) -> Solution:
         return Solution(mean, jnp.eye(size), jnp.eye(size) - covariance, evidence)
 
-    def bounded(mean: Vector, covariance: Array, determinant: Array) -> tuple[Solution, Array]:
+    mean = _descend(propose, partial(jax.lax.map, lambda b: nats(b, None) + 0.5 * b @ b), size, steps)
+    if not rounds:
+        _, covariance, determinant = settle(mean, None)
+        return solution(mean, covariance, -nats(mean, None) - 0.5 * (mean @ mean + determinant))
+
+    def again(mean: Vector, covariance: Array, moved: Array) -> tuple[Solution, Array]:
+        settled, covariance, determinant = settle(mean, covariance)
+        mean = jnp.where(moved, settled, mean)
         known = size - jnp.trace(covariance)
         evidence = -nats(mean, covariance) - 0.5 * (mean @ mean - known + determinant)
         return solution(mean, covariance, evidence), covariance
 
-    mean = _descend(propose, partial(jax.lax.map, lambda b: nats(b, None) + 0.5 * b @ b), size, steps)
-    _, covariance, determinant = settle(mean, None)
-    if not rounds:
-        return solution(mean, covariance, -nats(mean, None) - 0.5 * (mean @ mean + determinant))
-
-    def again(best: tuple[Solution, Array], _: Any) -> tuple[tuple[Solution, Array], None]:
-        (mean, *_), covariance = best
-        return _better(bounded(*settle(mean, covariance)), best), None
-
-    return jax.lax.scan(again, bounded(mean, covariance, determinant), length=rounds)[0][0]
+    return _rounds(again, mean, size, rounds)

@@ -116,10 +116,14 @@ def gather(users: Users, community: Int[Array, ""], user: Int[Array, ""]) -> tup
 
 
 def deviating_log_odds(
-    model: RewardModel, base: User, deviation: Deviation, row: Comparisons[Item], scale: Float[Array, ""]
-) -> Float[Array, ""]:
-    """Log-odds of one row for a user who departs from `base`; see the module for the formula."""
-    at_base = model.log_odds(base, row.first, row.second)
+    model: RewardModel, base: User, deviation: Deviation, row: Comparisons[Item], scale: Float[Array, ""],
+    at_base: Float[Array, ""] | None = None,
+) -> Float[Array, ""]:  # fmt: skip
+    """Log-odds of one row for a user who departs from `base`; see the module for the formula.
+
+    `at_base` are the family's log-odds at the base, where they are at hand.
+    """
+    at_base = model.log_odds(base, row.first, row.second) if at_base is None else at_base
     moved = jax.tree.map(jnp.add, base, deviation.state)
     shift = model.log_odds(moved, row.first, row.second) - at_base
     return scale * ((1.0 + deviation.gain) * (at_base + row.offset) + shift)
