@@ -42,7 +42,11 @@ GatherUsers = Callable[[Any, Any, Any], Any]
 
 
 def init_state(params: Params, optimizer: optax.GradientTransformation, key: Key) -> TrainState:
-    """Start a loop at step 0."""
+    """Start a loop at step 0.
+
+    Weakly typed leaves (`jnp.full(3, 0.5)`) get the type that a step gives them: they would have it compiled twice.
+    """
+    params = jax.tree.map(lambda leaf: lax.convert_element_type(leaf, leaf.dtype), params)
     return TrainState(step=jnp.zeros((), jnp.int32), params=params, opt_state=optimizer.init(params), key=key)  # type: ignore[arg-type]
 
 

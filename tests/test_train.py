@@ -107,6 +107,18 @@ def run_steps(steps: int):
     return advance(state, stream, step, steps)
 
 
+def test_a_step_is_compiled_once_even_where_parameters_begin_weakly_typed():
+    items, rows = make_data()
+    optimizer, loss = optax.adam(0.05), comparison_loss(gather_user)
+    params = make_params(Shrunk).replace(model=Shrunk(jnp.full(3, 0.5)))
+    assert params.model.weight.weak_type
+    step = jax.jit(make_train_step(loss, optimizer))
+    advance(
+        init_state(params, optimizer, jax.random.key(1)), batches.resident(items, rows, seed=3, batch_size=4), step, 3
+    )
+    assert step._cache_size() == 1
+
+
 def test_the_loss_is_the_mean_of_hand_made_nats():
     items, rows = make_data()
     params = make_params()
