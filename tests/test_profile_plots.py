@@ -71,6 +71,30 @@ def test_alike_communities_and_attributes_stand_side_by_side():
     assert abs(order.index("b") - order.index("d")) == 1
 
 
+def test_a_map_of_the_truth_takes_order_and_colours_of_another():
+    learned, truth = weights(FOUR), weights({name: 3 * np.array(row) for name, row in FOUR.items()}, half=0)
+    truth = truth.with_columns(n=None).sample(fraction=1.0, shuffle=True, seed=1)
+    one, other = plots.heat_map(learned), plots.heat_map(truth, like=learned)
+    names = [name.partition(" ")[0] for name in ticks(one.get_yticklabels())]
+    assert ticks(other.get_yticklabels()) == names
+    assert ticks(one.get_xticklabels()) == ticks(other.get_xticklabels())
+    assert one.get_images()[0].get_clim() == other.get_images()[0].get_clim()
+    row, column = names.index("b"), ticks(one.get_xticklabels()).index("detail")
+    assert [ax.get_images()[0].get_array()[row, column] for ax in (one, other)] == pytest.approx([1.0, 3.0])
+    with pytest.raises(ValueError, match="heat_map: no community 'a'"):
+        plots.heat_map(truth.filter(pl.col("community") != "a"), like=learned)
+
+
+def test_dots_stand_beside_the_truth_where_it_is_known():
+    truth = weights({name: np.array(row) + 7 for name, row in FOUR.items()})
+    ax = plots.profile_dots(weights(FOUR), communities=["b"], attributes=["wit", "warmth"], truth=truth)
+    bars = [list(line.get_xdata()) for line in ax.get_lines() if line.get_marker() == "|"]
+    assert bars == [[7.4, 6.0], [7.5, 7.0]]
+    assert [text.get_text() for text in ax.get_legend().get_texts()][-1] == "truth"
+    with pytest.raises(ValueError, match="no community 'b'"):
+        plots.profile_dots(weights(FOUR), communities=["b"], truth=truth.filter(pl.col("community") != "b"))
+
+
 def test_the_interval_of_a_deviation_holds_both_errors():
     grid = profiles.grid_of(weights(FOUR, half=0.3), "preference", "test")
     found = profiles.deviations(grid)

@@ -41,28 +41,35 @@ class Grid(NamedTuple):
     n: list[int]
 
 
-def heat_map(rows: pl.DataFrame, kind: str = "preference", ax: Axes | None = None, against: str = "population") -> Axes:
+def heat_map(
+    rows: pl.DataFrame,
+    kind: str = "preference",
+    ax: Axes | None = None,
+    against: str = "population",
+    like: pl.DataFrame | None = None,
+) -> Axes:
     """Draw how far each community departs from all, attribute by attribute; alike ones stand side by side.
 
     `against` is "population", or "communities" for the mean of the communities in `rows`. Communities (down) and
     attributes (across) are in the order of average-linkage clustering. A cell whose 95 % interval crosses zero, or has
     none, is grey; the errors of a community and of what it is compared with are taken as independent, and an unknown
     interval of the population adds nothing. Seeds may disagree widely about the population and agree about what
-    tells communities apart: then choose "communities". Raises ValueError where `rows` lack the kind or the population.
+    tells communities apart: then choose "communities". `like` are rows of a second map whose order and colours this one
+    takes, so that the two can stand side by side. Raises ValueError where `rows` lack the kind, the population, or what
+    `like` has.
     """
     grid = deviations(grid_of(rows, kind, "heat_map"), against)
-    grid = _clustered(grid)
+    model = grid if like is None else deviations(grid_of(like, kind, "heat_map"), against)
+    model = _clustered(model)
+    grid = pick(grid, model.communities, model.attributes, "heat_map")
     count, wide = grid.mean.shape
     ax = axes(ax, (2.6 + 0.5 * wide, 1.9 + 0.34 * count))
-    sure = (grid.low > 0) | (grid.high < 0)
-    limit = float(np.max(np.abs(grid.mean[sure]), initial=0.0)) or float(np.nanmax(np.abs(grid.mean))) or 1.0
+    sure, limit = _sure(grid), _limit(model)
     image = ax.imshow(np.where(sure, grid.mean, np.nan), cmap=_colours(), vmin=-limit, vmax=limit, aspect="auto")
     ax.set_xticks(
         range(wide), [named(name) for name in grid.attributes], rotation=40, ha="right", rotation_mode="anchor"
     )
-    ax.set_yticks(
-        range(count), [f"{named(name)} (n = {n:,})" for name, n in zip(grid.communities, grid.n, strict=True)]
-    )
+    ax.set_yticks(range(count), [_counted(name, n) for name, n in zip(grid.communities, grid.n, strict=True)])
     ax.tick_params(length=0)
     ax.spines[:].set_visible(False)
     ax.set_xticks(np.arange(wide - 1) + 0.5, minor=True)
@@ -86,11 +93,13 @@ def profile_dots(
     ax: Axes | None = None,
     communities: Sequence[str] | None = None,
     attributes: Sequence[str] | None = None,
+    truth: pl.DataFrame | None = None,
 ) -> Axes:
     """Draw the weights of a few communities as dots with 95 % intervals, attributes down, the population in black.
 
     `communities` (six at most beside the population) and `attributes` choose and order; without the latter, what is
-    liked most on average comes first. Raises ValueError where more communities are asked for than can be told apart.
+    liked most on average comes first. `truth` are rows of the true weights, where they are known: upright bars. Raises
+    ValueError where more communities are asked for than can be told apart, or where `truth` lacks one that is drawn.
     """
     grid = grid_of(rows, kind, "profile_dots")
     names = [name for name in grid.communities if name != POPULATION] if communities is None else list(communities)
@@ -100,6 +109,9 @@ def profile_dots(
         raise ValueError(f"profile_dots: {len(names)} communities cannot be told apart; choose up to six, or heat_map")
     if attributes is None:
         grid = _reordered(grid, np.arange(len(names)), np.argsort(-np.nanmean(grid.mean, axis=0), kind="stable"))
+    known = None
+    if truth is not None:
+        known = pick(grid_of(truth, kind, "profile_dots"), names, grid.attributes, "profile_dots")
     count, many = len(grid.attributes), len(names)
     ax = axes(ax, (5.6, 1.1 + 0.2 * count * (many * 0.42 + 0.8)))
     offsets = np.linspace(-0.32, 0.32, many) if many > 1 else np.zeros(1)
@@ -108,8 +120,11 @@ def profile_dots(
         colour = INK if name == POPULATION else COLOURS[place]
         heights = np.arange(count) + offsets[place]
         ax.hlines(heights, grid.low[place], grid.high[place], color=colour, linewidth=1.5)
-        label = f"{named(name)} (n = {grid.n[place]:,})"
+        label = _counted(name, grid.n[place])
         ax.plot(grid.mean[place], heights, MARKERS[place], color=colour, markersize=4.5, label=label)
+        if known is not None:
+            last = "truth" if place == many - 1 else None
+            ax.plot(known.mean[place], heights, "|", color=INK, markersize=9, markeredgewidth=1.4, label=last, zorder=4)
     attribute_axis(ax, grid.attributes)
     ax.set_xlabel(f"{_unit(kind)} (95 % intervals)")
     ax.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2, frameon=False, fontsize=8, borderaxespad=0.2)
@@ -146,7 +161,7 @@ def radar(
     for place, name in enumerate(names):
         mean, low, high = (part[place][closed] for part in (grid.mean, grid.low, grid.high))
         ax.fill_between(angle, low, high, color=COLOURS[place], alpha=0.14, linewidth=0)
-        label = f"{named(name)} (n = {grid.n[place]:,})"
+        label = _counted(name, grid.n[place])
         ax.plot(angle, mean, marker=MARKERS[place], color=COLOURS[place], linewidth=1.5, markersize=4, label=label)
     ax.set_xticks(angle[:-1], [named(name) for name in grid.attributes])
     ax.tick_params(labelsize=8, colors=INK)
@@ -249,6 +264,16 @@ def _clustered(grid: Grid) -> Grid:
     return _reordered(grid, _leaves(filled), _leaves(filled.T))
 
 
+def _sure(grid: Grid) -> Bool[np.ndarray, "communities attributes"]:
+    """Say which cells have an interval that leaves zero out."""
+    return (grid.low > 0) | (grid.high < 0)
+
+
+def _limit(grid: Grid) -> float:
+    """The largest mean that a map colours: of the cells that are sure, else of all."""
+    return float(np.max(np.abs(grid.mean[_sure(grid)]), initial=0.0)) or float(np.nanmax(np.abs(grid.mean))) or 1.0
+
+
 def _leaves(table: Float[np.ndarray, "rows columns"]) -> np.ndarray:
     from scipy.cluster.hierarchy import leaves_list, linkage
 
@@ -283,6 +308,11 @@ def _write_cells(
         dark = sure[row, column] and abs(value) > 0.55 * limit
         colour = "white" if dark else INK if sure[row, column] else FAINT
         ax.text(column, row, text, ha="center", va="center", fontsize=7, color=colour)
+
+
+def _counted(name: str, n: int) -> str:
+    """A community with the number behind its weights; the truth has none."""
+    return f"{named(name)} (n = {n:,})" if n else named(name)
 
 
 def _unit(kind: str) -> str:
