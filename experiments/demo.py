@@ -1,39 +1,49 @@
 """Question: does the whole path work, from comparisons to a recorded, adaptable model, and how near does it come to the
 best that any method could do?
 
-Command: make demo                       (or: python experiments/demo.py [--root runs])
+Command: make demo                       (or: python experiments/demo.py [--root runs] [--small])
 
 Two populations whose truth is known. The first is simulated: 60 users in 4 communities, hierarchical weights over eight
 features. The second is text: a corpus written for this project, in which six communities prefer attributes to different
 degrees, encoded with MiniLM. Both end in one table: families by cells, 95 % intervals over users, the baselines, and
 the posterior predictive under the true prior given the same shots ("Bayes"), which no method can beat except by luck.
+The communities of the corpus are then profiled from their comparisons and the scores of the texts on nine attributes,
+and drawn beside the truth. --small makes the runs that the notebooks read, without text encoder and tables.
 """
 
 from __future__ import annotations
 
-import sys
+import argparse
 import time
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import polars as pl
+from jaxtyping import Float
+from matplotlib.figure import Figure
 from rich.console import Console
 
-from pluralprefs import encoders
+from pluralprefs import encoders, plots
 from pluralprefs.data import splits
 from pluralprefs.data.comparisons import write
 from pluralprefs.data.lexicon import corpus, corpus_world
+from pluralprefs.data.lexicon.corpus import NAMES
 from pluralprefs.data.simulate import World, attribute_table, bayes_predictions, hierarchical, posterior_predictive
+from pluralprefs.data.simulate.states import sigmoid
 from pluralprefs.experiment import FAMILIES, Experiment
 from pluralprefs.launch import run
 from pluralprefs.metrics import summarise
-from pluralprefs.plots import shot_curve
+from pluralprefs.profiles import SCHEMA, over_seeds
+from pluralprefs.registry.files import write_parquet
 from pluralprefs.results import results_table
 from pluralprefs.run import Run
 from pluralprefs.users import Pooled
 
 FAMILY_NAMES = ("individual", "bradley_terry", "low_rank", "ideal_point")
+FEW = ("bradley_terry", "low_rank")
+DRAWN = ("comedy_corner", "engineers", "listening_room")  # communities of the dot plot: more would hide each other
 SHOTS = (0, 4, 16)
 EXAMPLE = "{}/demo-comparisons.jsonl"
 CELLS = ("seen/testpair", "seen/newprompt", "unseen/testpair@0", "unseen/testpair@4", "unseen/testpair@16")
@@ -68,36 +78,107 @@ def bayes(world: World, table: pl.DataFrame) -> pl.DataFrame:
     return both
 
 
-def world_runs(name: str, families: tuple[str, ...], encoder: str, root: Path) -> list[Run]:
+def world_runs(name: str, families: tuple[str, ...], encoder: str, root: Path, rounds: int = 3) -> list[Run]:
     """Fit the families to one world, a run each."""
     data = SIMULATED if name == "simulated" else partial(corpus, seed=0)
     runs = []
     for family in families:
-        begin = time.time()
         parts = {**FAMILIES[family], "features": {}}
         pooled = parts.get("users", Pooled())
         if family == "bradley_terry":
             pooled = Pooled(levels=("community", "user"))
-        parts["users"] = replace(pooled, rounds=3, folds=3)  # fewer than the defaults: minutes count here
-        experiment = Experiment(
-            data=data,
-            encoder=partial(encoders.load, encoder),
-            shots=SHOTS,
-            draws=2,
-            controls=False,
-            name=family,
-            data_name=name,
-            **parts,
-        )
-        runs.append(run(experiment, root=root, progress=False))
-        console.print(f"  {family:20s} {time.time() - begin:5.0f} s   {runs[-1].folder.path}")
+        parts["users"] = replace(pooled, rounds=rounds, folds=2)  # fewer than the defaults: minutes count here
+        asked = Experiment(data=data, encoder=partial(encoders.load, encoder), shots=SHOTS, draws=2, refit=False,
+                           name=family, data_name=name, **parts)  # fmt: skip
+        runs.append(timed(asked, root))
     return runs
+
+
+def timed(experiment: Experiment, root: Path) -> Run:
+    """Run an experiment and print its seconds and its folder."""
+    begin = time.time()
+    found = run(experiment, root=root, progress=False)
+    console.print(f"  {experiment.name:20s} {time.time() - begin:5.0f} s   {found.folder.path}")
+    return found
+
+
+def communities(root: Path) -> Run:
+    """Profile the communities of the corpus: the attributes that its texts express are columns of its table."""
+    parts = dict(FAMILIES["attribute_attention"])
+    # Only what they like may tell users apart, and nothing is cross-fitted: minutes count here.
+    parts["users"] = replace(parts["users"], rounds=2, parts=("preference",), cross_fit=None)
+    asked = Experiment(
+        data=partial(corpus, seed=0), encoder=partial(encoders.load, "attributes"), shots=(0,), draws=1, refit=False,
+        split={"unseen_users": 0.0}, controls=False, save_users=True, epochs=40, name="attribute_attention",
+        data_name="communities", **parts,
+    )  # fmt: skip
+    return timed(asked, root)
+
+
+def true_weights(world: World, found: Run) -> pl.DataFrame:
+    """What the answers of a community, and of all, truly say together, as profile rows per unit of the scores.
+
+    Members differ, and a mean of probabilities is flatter than each: the slopes are those of the logistic regression on
+    the mean P(first) over members drawn from the prior, on the pairs that were judged.
+    """
+    table, pairs = world.table, world.pairs(world.table)
+    difference = world.items[pairs.first] - world.items[pairs.second]
+    own = (world.truth["population"] + world.truth["community"])[pairs.community]
+    members = world.prior.sample(np.random.default_rng(0), 300)  # type: ignore[union-attr]
+    chance = np.mean([sigmoid((difference * (own + member)).sum(1)) for member in members], axis=0)
+    rows = []
+    for community in ("", *world.community_ids):
+        here = np.ones(table.height, bool) if community == "" else (table["community_id"] == community).to_numpy()
+        weights = logistic_regression(difference[here], chance[here])
+        for attribute, unit in zip(found.attributes.names, found.attributes.std, strict=True):
+            value = float(weights[NAMES.index(attribute)] * unit)
+            rows.append({"community": community, "attribute": attribute, "kind": "preference", "mean": value,
+                         "ci_low": value, "ci_high": value})  # fmt: skip
+    return pl.DataFrame(rows, schema=SCHEMA)
+
+
+def logistic_regression(
+    difference: Float[np.ndarray, "rows attributes"], chance: Float[np.ndarray, " rows"]
+) -> Float[np.ndarray, " attributes"]:
+    """The weights whose probabilities lose the fewest nats against `chance`, by Newton."""
+    weights = np.zeros(difference.shape[1])
+    for _ in range(20):
+        now = sigmoid(difference @ weights)
+        curvature = (difference * (now * (1 - now))[:, None]).T @ difference
+        weights += np.linalg.solve(curvature + 1e-6 * np.eye(len(weights)), difference.T @ (chance - now))
+    return weights
+
+
+def show_communities(found: Run, world: World, root: Path) -> None:
+    """Draw the profiles beside the truth, and say how near they come to it."""
+    learned, truth = over_seeds(found.folder.table("attribute_weights")), true_weights(world, found)
+    write_parquet(root / "demo-truth.parquet", truth)
+    beside(learned, truth).savefig(root / "demo-communities.png")
+    dots = plots.profile_dots(learned, communities=DRAWN, truth=truth)
+    dots.figure.savefig(root / "demo-profiles.png")  # type: ignore[union-attr]
+    own = learned.filter(pl.col("kind") == "preference", pl.col("community") != "")
+    both = own.join(truth.select("community", "attribute", truth="mean"), on=["community", "attribute"])
+    inside = both.select(pl.col("truth").is_between("ci_low", "ci_high").mean()).item()
+    near = both.select(pl.corr("mean", "truth")).item()
+    console.print(f"{own.height} preferences of communities: correlation with the truth {near:.2f}; 95 % intervals "
+                  f"hold it in {inside:.0%}", markup=False, highlight=False)  # fmt: skip
+
+
+def beside(learned: pl.DataFrame, truth: pl.DataFrame) -> Figure:
+    """Two heat maps, what was learned and the truth, in one order and one scale of colours."""
+    figure = Figure(figsize=(11.5, 3.8), layout="constrained", dpi=120)
+    left, right = figure.subplots(1, 2)
+    plots.heat_map(learned, ax=left, against="communities")
+    plots.heat_map(truth, ax=right, against="communities", like=learned)
+    left.images[0].colorbar.remove()  # that of the right holds for both, as do the names of the left
+    right.set_yticklabels([])
+    left.set_title("learned from comparisons; grey: the 95 % interval crosses zero", loc="left", fontsize=9)
+    right.set_title("simulated truth", loc="left", fontsize=9)
+    return figure
 
 
 def show(title: str, runs: list[Run], reference: pl.DataFrame, figure: Path) -> None:
     """Print the table of a world and save its shot curve."""
-    import matplotlib.pyplot as plt
-
     predictions = pl.concat([pl.read_parquet(run.folder.path / "predictions.parquet") for run in runs])
     predictions = predictions.filter(pl.col("control").is_null()).unique(
         ["model", "cell", "shots", "draw", "example_id", "control"], maintain_order=True
@@ -107,29 +188,29 @@ def show(title: str, runs: list[Run], reference: pl.DataFrame, figure: Path) -> 
     console.print(f"\n[bold]{title}[/bold]: accuracy in % [95 % interval over users]; NLL in nats", highlight=False)
     console.print(results_table(rows, cells=CELLS), markup=False, highlight=False)
     families = [run.experiment.name for run in runs] + ["Bayes (true prior)", "length only"]
-    axes = shot_curve(rows, cell="unseen/testpair", models=families)
-    figure.parent.mkdir(parents=True, exist_ok=True)
+    axes = plots.shot_curve(rows, cell="unseen/testpair", models=families)
     axes.figure.savefig(figure, dpi=150, bbox_inches="tight")  # type: ignore[union-attr]
-    plt.close("all")
 
 
 def main(root: Path) -> None:
-    """Run both worlds and say what to type next."""
+    """Run both worlds and the communities, and say what to type next."""
     last: Run | None = None
+    example = EXAMPLE.format(root)
     for name, title, maker, families, encoder in (
         ("simulated", "Simulated population", simulated, FAMILY_NAMES, "attributes"),
-        ("text", "Text, MiniLM", text, FAMILY_NAMES[:3], "minilm"),
+        ("text", "Text, MiniLM", text, FEW, "minilm"),
     ):  # fmt: skip
         console.print(f"\n{title}: fitting {', '.join(families)}")
         world, table = maker()
         runs = world_runs(name, families, encoder, root)
         show(title, runs, bayes(world, table), root / f"demo-{name}.png")
-        last = runs[1]
-        write(table.select("prompt", "first", "second", "target", "user_id", "community_id"), EXAMPLE.format(root))
+        last = runs[0]
     assert last is not None
-    example = EXAMPLE.format(root)
+    console.print("\nCommunities of the corpus, attributes of its texts: fitting attribute_attention")
+    show_communities(communities(root), leave_example(root), root)
     console.print(f"""
 Shot curves: {root}/demo-simulated.png and {root}/demo-text.png
+Communities beside the truth: {root}/demo-communities.png and {root}/demo-profiles.png
 Next:
   pluralprefs runs --root {root}                          what was run
   pluralprefs data check {example}
@@ -138,5 +219,23 @@ Next:
 """, markup=False, highlight=False)  # fmt: skip
 
 
+def small(root: Path) -> None:
+    """Make what the notebooks read: two families on the simulated population, and the communities."""
+    console.print(f"A small registry in {root}")
+    world_runs("simulated", FEW, "attributes", root, rounds=2)
+    show_communities(communities(root), leave_example(root), root)
+
+
+def leave_example(root: Path) -> World:
+    """Write the corpus as a file of comparisons to try the commands on, and return it."""
+    world, table = text()
+    write(table.select("prompt", "first", "second", "target", "user_id", "community_id"), EXAMPLE.format(root))
+    return world
+
+
 if __name__ == "__main__":
-    main(Path(sys.argv[sys.argv.index("--root") + 1]) if "--root" in sys.argv else Path("runs"))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--root", type=Path, default=Path("runs"), help="of run folders")
+    parser.add_argument("--small", action="store_true", help="make only what the notebooks read")
+    given = parser.parse_args()
+    (small if given.small else main)(given.root)
