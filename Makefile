@@ -12,7 +12,7 @@ PYTHON ?= $(shell for p in python3 python3.12 python3.11 python3.13 python3.14; 
 export JAX_PLATFORMS ?= cpu
 
 .DEFAULT_GOAL := help
-.PHONY: help demo palette test test-slow test-fast lint format types notebooks bench check
+.PHONY: help demo palette test test-slow test-fast lint format types notebooks docs bench check
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1|/p' $(MAKEFILE_LIST) | while IFS='|' read -r name text; do \
@@ -53,9 +53,21 @@ format: $(VENV)/.ready-test  ## rewrite files in the project's style
 types: $(VENV)/.ready-test  ## check types and import cycles
 	@$(BIN)/basedpyright --pythonpath $(BIN)/python
 
-notebooks: $(VENV)/.ready-test  ## execute every notebook
-	@if ls notebooks/*.ipynb >/dev/null 2>&1; then \
-		$(BIN)/python -m pytest --nbmake --nbmake-timeout=300 -W default notebooks; fi
+# The notebooks read the runs of make demo; without those, a small registry of the same layout, made here.
+NOTEBOOKS = notebooks/*.ipynb
+SMALL = .cache/runs
+# Much of a notebook is compiling: what one has compiled the next need not.
+notebooks: export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.cache/jax
+notebooks: export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS ?= 0.3
+
+notebooks: $(VENV)/.ready-test  ## execute every notebook (KEEP=1: and write its outputs into it)
+	@test -e runs/demo-profiles.png -o -e $(SMALL)/demo-profiles.png || \
+		$(BIN)/python experiments/demo.py --small --root $(SMALL)
+	@$(BIN)/python -m pytest --nbmake --nbmake-timeout=300 -W default $(if $(KEEP),--overwrite,-n $(WORKERS)) $(NOTEBOOKS)
+	@$(if $(KEEP),$(BIN)/python notebooks/tidy.py $(NOTEBOOKS))
+
+docs: $(VENV)/.ready-docs  ## build the API reference from the docstrings, in build/docs
+	@$(BIN)/python docs/build.py build/docs
 
 bench: $(VENV)/.ready-test  ## run the benchmarks (timings as ratios)
 	@for file in benchmarks/*.py; do $(BIN)/python "$$file" || exit 1; done
@@ -69,6 +81,9 @@ $(VENV)/.ready-test: pyproject.toml
 
 $(VENV)/.ready-fast: pyproject.toml
 	@.ci/install "$(PYTHON)" $(VENV) fast
+
+$(VENV)/.ready-docs: $(VENV)/.ready-demo
+	@.ci/install "$(PYTHON)" $(VENV) docs
 
 $(VENV)/.ready-torch: $(VENV)/.ready-test
 	@.ci/install "$(PYTHON)" $(VENV) torch

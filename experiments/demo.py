@@ -15,8 +15,11 @@ from __future__ import annotations
 
 import argparse
 import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -38,7 +41,7 @@ from pluralprefs.metrics import summarise
 from pluralprefs.profiles import SCHEMA, over_seeds
 from pluralprefs.registry.files import write_parquet
 from pluralprefs.results import results_table
-from pluralprefs.run import Run
+from pluralprefs.run import Run, load
 from pluralprefs.users import Pooled
 
 FAMILY_NAMES = ("individual", "bradley_terry", "low_rank", "ideal_point")
@@ -78,31 +81,35 @@ def bayes(world: World, table: pl.DataFrame) -> pl.DataFrame:
     return both
 
 
-def world_runs(name: str, families: tuple[str, ...], encoder: str, root: Path, rounds: int = 3) -> list[Run]:
-    """Fit the families to one world, a run each."""
-    data = SIMULATED if name == "simulated" else partial(corpus, seed=0)
-    runs = []
-    for family in families:
-        parts = {**FAMILIES[family], "features": {}}
-        pooled = parts.get("users", Pooled())
-        if family == "bradley_terry":
-            pooled = Pooled(levels=("community", "user"))
-        parts["users"] = replace(pooled, rounds=rounds, folds=2)  # fewer than the defaults: minutes count here
-        asked = Experiment(data=data, encoder=partial(encoders.load, encoder), shots=SHOTS, draws=2, refit=False,
-                           name=family, data_name=name, **parts)  # fmt: skip
-        runs.append(timed(asked, root))
-    return runs
+def fit_family(name: str, family: str, encoder: str, root: Path, rounds: int = 3) -> Path:
+    """Fit a family to one world and return the folder of the run."""
+    parts = {**FAMILIES[family], "features": {}}
+    pooled = parts.get("users", Pooled())
+    if family == "bradley_terry":
+        pooled = Pooled(levels=("community", "user"))
+    parts["users"] = replace(pooled, rounds=rounds, folds=2)  # fewer than the defaults: minutes count here
+    asked = Experiment(
+        data=SIMULATED if name == "simulated" else partial(corpus, seed=0), encoder=partial(encoders.load, encoder),
+        shots=SHOTS, draws=2, refit=False, name=family, data_name=name, **parts,
+    )  # fmt: skip
+    return timed(asked, root)
 
 
-def timed(experiment: Experiment, root: Path) -> Run:
+def timed(experiment: Experiment, root: Path) -> Path:
     """Run an experiment and print its seconds and its folder."""
     begin = time.time()
-    found = run(experiment, root=root, progress=False)
-    console.print(f"  {experiment.name:20s} {time.time() - begin:5.0f} s   {found.folder.path}")
-    return found
+    folder = run(experiment, root=root, progress=False).folder.path
+    console.print(f"  {experiment.name:20s} {experiment.data_name:12s} {time.time() - begin:5.0f} s   {folder}")
+    return folder
 
 
-def communities(root: Path) -> Run:
+def all_done(jobs: Sequence[Callable[[], Path]]) -> list[Run]:
+    """Do the jobs in two processes, most of a small fit being compiling, and return their runs in the order asked."""
+    with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
+        return [load(folder) for folder in [job.result() for job in [pool.submit(job) for job in jobs]]]
+
+
+def communities(root: Path) -> Path:
     """Profile the communities of the corpus: the attributes that its texts express are columns of its table."""
     parts = dict(FAMILIES["attribute_attention"])
     # Only what they like may tell users apart, and nothing is cross-fitted: minutes count here.
@@ -194,20 +201,21 @@ def show(title: str, runs: list[Run], reference: pl.DataFrame, figure: Path) -> 
 
 def main(root: Path) -> None:
     """Run both worlds and the communities, and say what to type next."""
-    last: Run | None = None
-    example = EXAMPLE.format(root)
-    for name, title, maker, families, encoder in (
+    worlds = (
         ("simulated", "Simulated population", simulated, FAMILY_NAMES, "attributes"),
         ("text", "Text, MiniLM", text, FEW, "minilm"),
-    ):  # fmt: skip
-        console.print(f"\n{title}: fitting {', '.join(families)}")
-        world, table = maker()
-        runs = world_runs(name, families, encoder, root)
-        show(title, runs, bayes(world, table), root / f"demo-{name}.png")
-        last = runs[0]
-    assert last is not None
-    console.print("\nCommunities of the corpus, attributes of its texts: fitting attribute_attention")
-    show_communities(communities(root), leave_example(root), root)
+    )
+    console.print(f"Fitting {', '.join(FAMILY_NAMES)}, and the attributes of communities")
+    jobs = [
+        partial(fit_family, name, family, encoder, root) for name, _, _, names, encoder in worlds for family in names
+    ]
+    *runs, profiled = all_done([*jobs, partial(communities, root)])
+    last, example = runs[len(FAMILY_NAMES)], EXAMPLE.format(root)
+    for name, title, maker, families, _ in worlds:
+        own, runs = runs[: len(families)], runs[len(families) :]
+        show(title, own, bayes(*maker()), root / f"demo-{name}.png")
+    console.print("\n[bold]Communities of the corpus[/bold], by the attributes of its texts", highlight=False)
+    show_communities(profiled, leave_example(root), root)
     console.print(f"""
 Shot curves: {root}/demo-simulated.png and {root}/demo-text.png
 Communities beside the truth: {root}/demo-communities.png and {root}/demo-profiles.png
@@ -222,8 +230,9 @@ Next:
 def small(root: Path) -> None:
     """Make what the notebooks read: two families on the simulated population, and the communities."""
     console.print(f"A small registry in {root}")
-    world_runs("simulated", FEW, "attributes", root, rounds=2)
-    show_communities(communities(root), leave_example(root), root)
+    jobs = [partial(fit_family, "simulated", family, "attributes", root, rounds=2) for family in FEW]
+    *_, profiled = all_done([*jobs, partial(communities, root)])
+    show_communities(profiled, leave_example(root), root)
 
 
 def leave_example(root: Path) -> World:
