@@ -17,6 +17,7 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").g
 GUIDES = [page for page in PAGES if page.parent.name == "docs" and "```python\n" in page.read_text(encoding="utf-8")]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 MOST = 300_000  # bytes of a notebook
+PROGRAM = typer.main.get_command(app)
 
 
 def blocks(page: Path, language: str) -> list[str]:
@@ -43,7 +44,7 @@ def commands(page: Path) -> list[str]:
 
 def unknown_in(command: str) -> str | None:
     """What the command line does not know of a command, or None."""
-    here = typer.main.get_command(app)
+    here = PROGRAM
     words = shlex.split(command)[1:]
     while words and hasattr(here, "commands") and not words[0].startswith("--"):
         if words[0] not in here.commands:
