@@ -1,6 +1,6 @@
 """From a few comparisons to a user: MAP by gradient (`fit_user`) and a Laplace posterior by Newton (`laplace_user`).
 
-Both maximise
+A family that infers its users from shots in one pass has a third way, `infer_user`. The other two maximise
 
     sum_i w_i [t_i log s(l_i) + (1 - t_i) log s(-l_i)] - |beta|^2 / 2
 
@@ -44,7 +44,7 @@ from pluralprefs.newton import (
     row_nats,
     row_sums,
 )
-from pluralprefs.types import Comparisons, Covariance, Item, LinearInUser, RewardModel, UserPosterior
+from pluralprefs.types import Comparisons, Covariance, InfersUser, Item, LinearInUser, RewardModel, User, UserPosterior
 from pluralprefs.users import Deviation, Users, apply_root, deviating_log_odds, gather, neutral, ravel
 
 CHUNK = 1024  # rows at once in `solve_many`
@@ -181,13 +181,15 @@ def fit_user(
     *,
     steps: int = 50,
     learning_rate: float = 0.1,
+    first_order: bool = False,
 ) -> UserPosterior:
     """Return the MAP deviation of one user by Adam on the whitened deviation: a `lax.scan`, hence differentiable.
 
-    Meta-training through adaptation is a gradient through this function. The point estimate carries no covariance.
+    Meta-training through adaptation is a gradient through this function; with `first_order` the steps themselves count
+    as constants of the model (first-order MAML). The point estimate carries no covariance.
     """
     _, unravel = ravel(neutral(model))
-    optimizer = optax.adam(learning_rate)
+    optimizer = optax.adam(learning_rate, eps_root=1e-12)  # at a gradient of 0 its own derivative would be NaN
 
     def objective(beta: Float[Array, " size"]) -> Float[Array, ""]:
         deviation = unravel(apply_root(users.user_root, beta))
@@ -197,12 +199,39 @@ def fit_user(
 
     def step(carry: tuple, _: None) -> tuple[tuple, None]:
         beta, state = carry
-        update, state = optimizer.update(jax.grad(objective)(beta), state)
+        slope = jax.grad(objective)(beta)
+        update, state = optimizer.update(jax.lax.stop_gradient(slope) if first_order else slope, state)
         return (beta + update, state), None
 
     start = jnp.zeros(neutral_size(model))
     (beta, _), _ = jax.lax.scan(step, (start, optimizer.init(start)), None, length=steps)
     return UserPosterior(mean=unravel(apply_root(users.user_root, beta)))
+
+
+def stepped_user(
+    model: RewardModel, start: User, support: Comparisons[Item], *, steps: int, learning_rate: float, strength: float,
+    first_order: bool,
+) -> User:  # fmt: skip
+    """Return the state that `fit_user` reaches from `start`, under the prior N(start, strength^2): an inner loop."""
+    table = Users.init(model, users=0, communities=0, strength=strength).replace(population=start)
+    root = table.user_root.at[-1].set(0.0)  # the gain comes last: it is no part of a family's user
+    fitted = fit_user(model, support, table.replace(user_root=root), steps=steps, learning_rate=learning_rate,
+                      first_order=first_order)  # fmt: skip
+    return jax.tree.map(jnp.add, start, fitted.mean.state)
+
+
+def infer_user(model: InfersUser, support: Comparisons[Item], users: Users) -> UserPosterior:
+    """Return the deviation of the user that a family infers from support rows: one pass, nothing is fitted.
+
+    No rows, or rows of weight 0, give the prior user. The covariance, if the family has one, knows the gain for sure.
+    """
+    found = model.infer_user(support)
+    state = jax.tree.map(jnp.subtract, found.mean, users.population)
+    covariance = found.covariance
+    if covariance is not None:
+        pad = [(0, 1)] * covariance.root.ndim
+        covariance = Covariance(jnp.pad(covariance.root, pad), jnp.pad(covariance.downdate, [(0, 0), (0, 1)]))
+    return UserPosterior(Deviation(state, jnp.zeros(())), covariance)
 
 
 def predict(
@@ -263,9 +292,9 @@ def predict_jointly(model: RewardModel, users: Users, posterior: UserPosterior, 
 def covariance_root(covariance: Covariance) -> Float[Array, "size size"]:
     """A matrix R with R R' the covariance."""
     root, downdate = covariance.root, covariance.downdate
-    if root.ndim == 2 and downdate.shape[0] == 0:
-        return root
     root = jnp.diag(root) if root.ndim == 1 else root
+    if downdate.shape[0] == 0:
+        return root
     values, vectors = jnp.linalg.eigh(root @ root.T - downdate.T @ downdate)
     return vectors * jnp.sqrt(jnp.maximum(values, 0.0))[None, :]
 

@@ -18,6 +18,7 @@ from scipy.special import expit
 
 from pluralprefs.adapt import (
     Joint,
+    infer_user,
     laplace_user,
     latent_features,
     neutral_size,
@@ -41,11 +42,16 @@ from pluralprefs.fitting import (
     take,
 )
 from pluralprefs.newton import Judgements
-from pluralprefs.types import Comparisons, Item, LinearInUser, UserPosterior
+from pluralprefs.types import Comparisons, InfersUser, Item, LinearInUser, UserPosterior
 from pluralprefs.users import Deviation, Users, gather, ravel
 
 _NODES, _MASSES = np.polynomial.hermite_e.hermegauss(32)
 _MASSES = _MASSES / _MASSES.sum()  # quadrature of a standard normal
+
+
+def route(model: Any, adapter: Callable[..., UserPosterior]) -> Callable[..., UserPosterior]:
+    """The adapter that a model is adapted by: a family that infers its users has no other."""
+    return infer_user if isinstance(model, InfersUser) else adapter
 
 
 @partial(jax.jit, static_argnames="adapter")
@@ -81,6 +87,7 @@ def adapt_and_predict(
     """
     mean, variance = np.zeros(len(query_unit)), np.zeros(len(query_unit))
     query, support = strangers(query), strangers(support)
+    adapter = route(model, adapter)
     linear = isinstance(model, LinearInUser) and adapter is laplace_user
     solve = _LinearRoute(model, users, items, support, query) if linear else _AnyRoute(model, users, items, adapter)
     order = np.argsort(query_unit, kind="stable")
@@ -198,7 +205,7 @@ def adapt_rectangles(
     adapter: Callable[..., UserPosterior] = laplace_user,
 ) -> Iterator[tuple[np.ndarray, UserPosterior]]:  # fmt: skip
     """Yield units [u] and their posteriors, stacked as NumPy arrays [u, ...]: what a million users are kept as."""
-    support = strangers(support)
+    support, adapter = strangers(support), route(model, adapter)
     for units, index in buckets(unit, 4 * neutral_size(model)):
         posterior = jax.device_get(_adapt(model, users, items, padded(support, index), adapter))
         yield units, take(posterior, slice(len(units)))

@@ -30,16 +30,19 @@ from pluralprefs.encoders.cache import encode_items
 from pluralprefs.encoders.features import Features
 from pluralprefs.evaluate import SEEN, UNSEEN, Adapter
 from pluralprefs.fitting import Fitted, Rows, take
+from pluralprefs.inferring import KNOTS, fit_inferred
 from pluralprefs.likelihoods import Logistic, pooled_mean
 from pluralprefs.models.attribute_attention import AttributeAttention
 from pluralprefs.models.bradley_terry import BradleyTerry
+from pluralprefs.models.fast_weights import FastWeights
 from pluralprefs.models.ideal_point import IdealDirection, IdealPoint
 from pluralprefs.models.low_rank import LowRank
+from pluralprefs.models.residual import Residual
 from pluralprefs.pooling import fit_pooled, half_fits, shared_variance, tempered_population
 from pluralprefs.profiles import preference_variance
 from pluralprefs.train import attribute_dropout
 from pluralprefs.training import Report, gradient_base, temperature_scale
-from pluralprefs.types import Item, LinearInUser, Reduction
+from pluralprefs.types import InfersUser, Item, LinearInUser, Reduction
 from pluralprefs.users import Pooled, Users
 
 TRAINING = ("train",)
@@ -108,6 +111,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "model": AttributeAttention.init, "attributes": partial(load_encoder, "attributes"),
         "users": Pooled(levels=("community", "user"), gain=False), "transform": partial(attribute_dropout, most=0.3),
     },
+    "fast_weights": {"model": FastWeights.init, "features": {"log_length": True, "anchors": 256}},
 }  # fmt: skip
 
 
@@ -243,11 +247,14 @@ def fit_seed(
     cell = prepared.table["cell"].to_numpy()
     train = take(prepared.rows, np.flatnonzero(np.isin(cell, TRAINING)))
     validation = take(prepared.rows, np.flatnonzero(cell == "validation"))
+    model = new_model(experiment, prepared.features, prepared.vocabulary, prepared.maps, seed)
+    if isinstance(model, InfersUser):
+        rows = take(prepared.rows, np.flatnonzero(np.isin(cell, FINAL))) if experiment.refit else train
+        return _fit_inferred(experiment, prepared, model, train, validation, rows, seed, checkpoints, report)
     if not len(validation.target):
         return fit(experiment, prepared, train, None, experiment.users)
     pooled = experiment.users
     offers = max(len(pooled.temper), len(pooled.population_temper))
-    model = new_model(experiment, prepared.features, prepared.vocabulary, prepared.maps, seed)
     by_gradient = not isinstance(model, LinearInUser) or bool(jax.tree.leaves(model))
     choose = offers > 1 or pooled.residual is True or by_gradient or not isinstance(experiment.likelihood, Logistic)
     if not experiment.refit:
@@ -311,6 +318,28 @@ def _fit(
     return fitted
 
 
+def _fit_inferred(
+    experiment: Experiment, prepared: Prepared, model: Residual, train: Rows, validation: Rows, rows: Rows, seed: int,
+    checkpoints: Path | None, report: Report | None,
+) -> Fitted:  # fmt: skip
+    """Fit a family that infers its users to `rows`: users held out make its choices.
+
+    Validation rows only choose the exponent of the population's likelihood, where several are offered.
+    """
+    pooled, items = experiment.users, prepared.features
+    if len(pooled.population_temper) > 1 and len(validation.target):
+        _, chosen = tempered_population(model.population, items, train, pooled, validation)
+        pooled = replace(pooled, population_temper=(chosen["population_temper"],))
+    population, notes = tempered_population(model.population, items, rows, pooled, None)
+    return fit_inferred(
+        model, items, rows, pooled, population=population, users=len(prepared.vocabulary.users),
+        communities=len(prepared.vocabulary.communities), likelihood=experiment.likelihood,
+        reduction=experiment.reduction, optimizer=experiment.optimizer(), epochs=experiment.epochs,
+        batch_size=_batch_size(experiment.batch_size, len(rows.target)), seed=seed, notes=notes, report=report,
+        checkpoints=checkpoints,
+    )  # fmt: skip
+
+
 def _batch_size(asked: int, rows: int) -> int:
     """The asked rows a step, or as many as keep an epoch to `STEPS`; at most all."""
     return min(max(asked, -(-rows // STEPS)), rows)
@@ -328,7 +357,16 @@ def new_model(
     experiment: Experiment, features: Item, vocabulary: batches.Vocabulary, maps: Features | None, seed: int
 ) -> Any:
     """Draw the family's initial parameters at the sizes of the data."""
-    return experiment.model(key=jax.random.key(seed), **data_sizes(features, vocabulary, maps))
+    return draw_model(experiment, seed, data_sizes(features, vocabulary, maps))
+
+
+def draw_model(experiment: Experiment, seed: int, sizes: Mapping[str, Any]) -> Any:
+    """Draw the family's initial parameters; one that infers its users stands on a Bradley-Terry population."""
+    key = jax.random.key(seed)
+    model = experiment.model(key=key, **sizes)
+    if not isinstance(model, InfersUser):
+        return model
+    return Residual.init(population=BradleyTerry.init(key=key, **sizes), family=model, knots=len(KNOTS))
 
 
 def data_sizes(features: Item, vocabulary: batches.Vocabulary, maps: Features | None) -> dict[str, Any]:

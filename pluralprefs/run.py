@@ -54,6 +54,7 @@ from pluralprefs.experiment import (
     attach,
     baseline_predictions,
     data_sizes,
+    draw_model,
     item_positions,
     text_lengths,
 )
@@ -470,7 +471,7 @@ def load(path: str | Path, *, seed: int | None = None) -> Run:
     judged = names.pop("judged")
     vocabulary = batches.Vocabulary(**names)
     sizes = json.loads((where / "sizes.json").read_text("utf8"))
-    model = experiment.model(key=jax.random.key(chosen), **sizes)
+    model = draw_model(experiment, chosen, sizes)
     kept = (where / f"support-{chosen}.safetensors").exists()
     like = Users.init(model, users=len(vocabulary.users), communities=len(vocabulary.communities))
     if _full(experiment):

@@ -28,12 +28,23 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax import lax
+from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float
 
 from pluralprefs.data import batches
 from pluralprefs.likelihoods import pooled_mean
 from pluralprefs.sharding import leaf_name
-from pluralprefs.types import Comparisons, Item, Key, Params, Penalised, Reduction, TrainState
+from pluralprefs.types import (
+    Comparisons,
+    Episode,
+    Item,
+    Key,
+    Params,
+    Penalised,
+    Reduction,
+    TrainState,
+    UserPosterior,
+)
 
 Metrics = dict[str, Array]
 LossFn = Callable[[Params, Any, Key], tuple[Float[Array, ""], Metrics]]
@@ -98,12 +109,19 @@ def attribute_dropout(
 def make_epoch_step(step_fn: StepFn) -> StepFn:
     """Scan `step_fn` over `(items, rows)`: the item matrix and an epoch of index batches, `[steps, batch_size]`.
 
-    Items are an argument, not a closure, so that they may be sharded. Metrics gain a leading axis of steps.
+    Items are an argument, not a closure, so that they may be sharded. Rows may also be any pytree that holds
+    comparisons, such as episodes. Metrics gain a leading axis of steps.
     """
+    comparisons = lambda part: isinstance(part, Comparisons)  # noqa: E731
 
-    def epoch_step(state: TrainState, epoch: tuple[Item, Comparisons[Any]]) -> tuple[TrainState, Metrics]:
+    def epoch_step(state: TrainState, epoch: tuple[Item, Any]) -> tuple[TrainState, Metrics]:
         items, rows = epoch
-        return lax.scan(lambda carry, batch: step_fn(carry, batches.gather(items, batch)), state, rows)
+
+        def gathered(part: Any) -> Any:
+            return batches.gather(items, part) if comparisons(part) else part
+
+        return lax.scan(lambda carry, batch: step_fn(carry, jax.tree.map(gathered, batch, is_leaf=comparisons)),
+                        state, rows)  # fmt: skip
 
     return epoch_step
 
@@ -162,6 +180,45 @@ def comparison_loss(
         return sum(metrics.values(), start=jnp.zeros(())), metrics
 
     return loss_fn
+
+
+def episode_loss(*, reduction: Reduction = pooled_mean, warm: float = 0.5) -> LossFn:
+    """Make the loss of a family that infers its users, over `Params` and (episodes with a leading axis, progress).
+
+    Each user is inferred from the support, drawn from the posterior where that has a covariance (whose root must be
+    diagonal), and pays the nats of the query. A family's `penalty`, given the posteriors and the query, counts in full
+    once `progress`, the share of training that is done, has come to `warm`, and in proportion before: a latent user
+    that costs too much too early is never used.
+    """
+
+    def loss_fn(params: Params, batch: tuple[Episode[Item], Array], key: Key) -> tuple[Float[Array, ""], Metrics]:
+        episode, progress = batch
+        drawing, rest = jax.random.split(key)
+        posterior = jax.vmap(params.model.infer_user)(episode.support)
+        users = _drawn(posterior, drawing)
+        nats = jax.vmap(jax.vmap(partial(_row_nats, params), (None, 0)))(users, episode.query)
+        flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), episode.query)
+        metrics = {"nats": reduction(nats.reshape(-1), flat)}
+        if isinstance(params.model, Penalised):
+            share = jnp.clip(progress / max(warm, 1e-6), 0.0, 1.0)
+            metrics["model_penalty"] = share * params.model.penalty(posterior, episode.query, rest)
+        return sum(metrics.values(), start=jnp.zeros(())), metrics
+
+    return loss_fn
+
+
+def _drawn(posterior: UserPosterior, key: Key) -> Any:
+    """One user of each posterior of a batch; its mean where there is no covariance."""
+    if posterior.covariance is None:
+        return posterior.mean
+    root = posterior.covariance.root
+    noise = root * jax.random.normal(key, root.shape)
+
+    def one(mean: Any, moved: Array) -> Any:
+        vector, unravel = ravel_pytree(mean)
+        return unravel(vector + moved)
+
+    return jax.vmap(one)(posterior.mean, noise)
 
 
 def _row_nats(params: Params, user: Any, row: Comparisons[Item]) -> Float[Array, ""]:

@@ -94,7 +94,11 @@ def gradient_base(
         one_step = make_transformed_step(one_step, partial(transform, steps=steps))
     step = jax.jit(make_epoch_step(one_step))
     asked = validation if validation is not None and len(validation.target) else None
-    training = _Training(step, items, asked, likelihood, epochs, batch_size, seed, users, report)
+    training = Training(
+        step, items, partial(_index_epoch, seed, batch_size),
+        None if asked is None else partial(_validation_nats, items=items, rows=asked, likelihood=likelihood),
+        epochs, report, partial(_learn_strength, items=items, users=users) if users else None,
+    )  # fmt: skip
     trained: dict[bytes, tuple[Any, Users]] = {}
 
     def base(mask: np.ndarray | None) -> tuple[Any, Users]:
@@ -114,18 +118,22 @@ def gradient_base(
 
 
 @dataclass(frozen=True)
-class _Training:
-    """What the trainings of all masks share."""
+class Training:
+    """What trainings on several sets of rows share; called with a state and rows, it trains and returns the best.
+
+    step     jitted, an epoch long: (state, (items, batches)) -> (state, metrics)
+    batch    the batches of an epoch, a pure function of (number, rows)
+    nats     validation nats of parameters, None where the last parameters are the best
+    learn    what is learned not by gradient but after the epochs of `LEARN_STRENGTH`: (params, rows) -> params
+    """
 
     step: Any
     items: Item
-    validation: Rows | None
-    likelihood: Any
+    batch: Callable[[int, Rows], Any]
+    nats: Callable[[Params], float] | None
     epochs: int
-    batch_size: int
-    seed: int
-    users: int
     report: Report | None
+    learn: Callable[[Params, Rows], Params] | None = None
 
     def __call__(self, state: TrainState, rows: Rows, folder: Path | None) -> _Best:
         with closing(_Kept(folder, self.epochs)) as kept:
@@ -139,18 +147,18 @@ class _Training:
         return best
 
     def _epoch(self, number: int, state: TrainState, rows: Rows) -> tuple[TrainState, float]:
-        if self.users and number in LEARN_STRENGTH:
-            state = state.replace(params=_learn_strength(state.params, self.items, rows, self.users))
-        state, metrics = self.step(state, (self.items, epoch(self.seed, number, rows, self.batch_size)))
+        if self.learn is not None and number in LEARN_STRENGTH:
+            state = state.replace(params=self.learn(state.params, rows))
+        state, metrics = self.step(state, (self.items, self.batch(number, rows)))
         value = float(jnp.mean(metrics["loss"]))
         if not np.isfinite(value):
             raise FloatingPointError(f"the loss is {value} in epoch {number}: lower the learning rate")
         return state, value
 
     def _better(self, done: int, params: Params, best: _Best) -> _Best:
-        if self.validation is None:
+        if self.nats is None:
             return _Best(0.0, 0, params)
-        nats = _validation_nats(params, self.items, self.validation, self.likelihood)
+        nats = self.nats(params)
         return _Best(nats, done, params) if nats < best.nats else best
 
 
@@ -202,7 +210,11 @@ def _validation_nats(params: Params, items: Item, rows: Rows, likelihood: Any) -
     return float(jnp.mean(jax.vmap(likelihood)(jnp.asarray(logits, jnp.float32), jax.tree.map(jnp.asarray, rows))))
 
 
-def _learn_strength(params: Params, items: Item, rows: Rows, users: int) -> Params:
+def _index_epoch(seed: int, batch_size: int, number: int, rows: Rows) -> Rows:
+    return epoch(seed, number, rows, batch_size)
+
+
+def _learn_strength(params: Params, rows: Rows, *, items: Item, users: int) -> Params:
     """One empirical-Bayes update of the user prior under which the rest is trained.
 
     The shared parameters take the shape that the prior leaves to them: a prior that is too narrow is made up for by

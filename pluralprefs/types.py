@@ -149,8 +149,22 @@ class LinearInUser(RewardModel, ScalarReward, Protocol):
 
 
 @runtime_checkable
+class InfersUser(RewardModel, Protocol):
+    """Capability: a user is a function of shots, learned over many users, and not a state that is fitted.
+
+    The mean is the family's user, not a deviation. No shots, or shots of weight 0, give the prior user; the order of
+    shots, and which response of a shot is called first, change nothing; weights temper.
+    """
+
+    def infer_user(self, support: Comparisons[Item]) -> UserPosterior: ...
+
+
+@runtime_checkable
 class Penalised(Protocol):
-    """Capability: a term of the training objective in nats per comparison (the one batched method of a family)."""
+    """Capability: a term of the training objective in nats per comparison (the one batched method of a family).
+
+    `users` are the states of the batch's rows; of a family that infers its users, their posteriors, one a user.
+    """
 
     def penalty(self, users: Any, batch: Comparisons[Item], key: Key) -> Float[Array, ""]: ...
 

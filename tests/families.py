@@ -1,17 +1,38 @@
-"""The table of families: every law of test_laws.py runs on every row."""
+"""The tables of families: every law of test_laws.py runs on every row; those of INFERRING pass more of them."""
+
+from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pluralprefs.adapt import stepped_user
 from pluralprefs.models.attribute_attention import AttributeAttention
 from pluralprefs.models.bradley_terry import BradleyTerry
+from pluralprefs.models.fast_weights import FastWeights
 from pluralprefs.models.ideal_point import IdealDirection, IdealPoint
 from pluralprefs.models.low_rank import LowRank
+from pluralprefs.models.meta_reward import MetaReward
+from pluralprefs.models.neural_process import NeuralProcess
+from pluralprefs.models.residual import Residual
+from pluralprefs.models.set_pooled import SetPooled
+from pluralprefs.models.variational import Variational
 from pluralprefs.types import Comparisons, Item
 
 DIM, ITEMS = 4, 6
 KEY = jax.random.key(0)
+small_variational = partial(Variational.init, key=KEY, dim=DIM, latent=2, width=3, hidden=(4,))
+small_meta = partial(MetaReward.init, key=KEY, dim=DIM, adapter=stepped_user, rewards=3, steps=3)
+
+
+def residual() -> Residual:
+    """A residual whose population, prior and trust all matter."""
+    model = Residual.init(population=FAMILIES["low_rank_free"](), family=FAMILIES["neural_process"](), knots=3)
+    prior = model.family.infer_user(rows(items(0), items(1), np.ones(ITEMS), np.zeros(ITEMS))).mean
+    return model.replace(weights=jnp.asarray([0.5, -1.0]), prior=prior, null=jnp.asarray(0.5), most=jnp.asarray(4.0),
+                         trust=jnp.asarray([0.0, 0.4, 0.8]))  # fmt: skip
+
+
 FAMILIES = {
     "bradley_terry": lambda: BradleyTerry.init(key=KEY, dim=DIM, items=ITEMS, parts={"linear": 3, "kernel": 1}),
     "bradley_terry_mlp": lambda: BradleyTerry.init(key=KEY, dim=DIM, hidden=(5,), item_effects=False),
@@ -23,7 +44,20 @@ FAMILIES = {
     "attribute_attention": lambda: AttributeAttention.init(key=KEY, dim=DIM, attributes=3, attribute_dim=DIM, width=5),
     "prefpalette": lambda: AttributeAttention.init(key=KEY, dim=DIM, attributes=3, attribute_dim=DIM, paper=True),
     "pal_b": lambda: IdealDirection.init(key=KEY, dim=DIM, prompt_dim=3, prototypes=2, point=5),
+    "fast_weights": lambda: FastWeights.init(key=KEY, dim=DIM, width=3),
+    "variational": small_variational,
+    "neural_process": lambda: NeuralProcess.init(key=KEY, dim=DIM, width=4, latents=2, layers=1, heads=2),
+    "meta_reward": lambda: small_meta().replace(start=jnp.asarray([0.3, -0.2, 0.1])),
+    "set_pooled": lambda: SetPooled.init(key=KEY, dim=DIM, width=3, hidden=4),
 }
+INFERRING = {name: FAMILIES[name] for name in ("fast_weights", "variational", "neural_process", "set_pooled")} | {
+    "fast_weights_sum": lambda: FastWeights.init(key=KEY, dim=DIM, width=3, normaliser="sum"),
+    "swap_symmetric": partial(small_variational, symmetric=True),
+    "meta_reward": FAMILIES["meta_reward"],
+    "residual": residual,
+}
+FAMILIES = {name: cache(draw) for name, draw in FAMILIES.items()}  # they are values: one of each serves every test
+INFERRING = {name: FAMILIES.get(name, cache(draw)) for name, draw in INFERRING.items()}
 
 
 def items(seed: int, count: int = ITEMS, prompt: bool = True) -> Item:

@@ -23,6 +23,7 @@ FLOORS = [
     "adapting",  # lazily, adapting and pooling may import each other
     "pooling",
     "training evaluate adapted",
+    "inferring",
     "profiles asking choosing user_shards",
     "experiment",
     "run plots",

@@ -52,7 +52,7 @@ def test_a_resumed_run_is_equal_to_one_never_stopped(whole, tmp_path, monkeypatc
     data, expected = whole
     monkeypatch.setattr(training, "CHECKPOINT_SECONDS", 0.0)
     count = [0]
-    original = training._Training._epoch
+    original = training.Training._epoch
 
     def stop_after(self, *arguments):
         count[0] += 1
@@ -61,13 +61,13 @@ def test_a_resumed_run_is_equal_to_one_never_stopped(whole, tmp_path, monkeypatc
         return original(self, *arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(training._Training, "_epoch", stop_after)
+        patch.setattr(training.Training, "_epoch", stop_after)
         with pytest.raises(KeyboardInterrupt):
             run(experiment(data), root=tmp_path, progress=False)
     [folder] = tmp_path.iterdir()
     with monkeypatch.context() as patch:
         count[0] = -(10**9)
-        patch.setattr(training._Training, "_epoch", stop_after)
+        patch.setattr(training.Training, "_epoch", stop_after)
         found = resume(folder, progress=False)
         trained_again = count[0] + 10**9
     for seed in (0, 1):

@@ -4,10 +4,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from families import FAMILIES, items, pick, rows, user
+from families import FAMILIES, INFERRING, items, pick, rows, user
 
 from pluralprefs.adapt import fit_user, laplace_user
-from pluralprefs.types import ScalarReward
+from pluralprefs.likelihoods import Logistic
+from pluralprefs.train import episode_loss
+from pluralprefs.types import Episode, InfersUser, Params, ScalarReward
 from pluralprefs.users import Users, gather, log_odds, ravel
 
 
@@ -103,3 +105,74 @@ def test_fit_user_lowers_the_support_loss(model):
         for i, s in enumerate((1, 1, -1))
     )
     assert loss(fitted, 0) < loss(table, -1)
+
+
+SHOTS = (np.array([0, 1, 2, 3]), np.array([1, 2, 3, 5]), [1.0, 0.0, 0.7, 1.0])
+ODD = ("fast_weights", "fast_weights_sum", "swap_symmetric")
+
+
+def shots(weight=None):
+    x = items(10)
+    return rows(pick(x, SHOTS[0]), pick(x, SHOTS[1]), SHOTS[2], weight)
+
+
+def flat(posterior):
+    """The mean of a posterior and the diagonal root of its covariance, as one vector."""
+    roots = [] if posterior.covariance is None else [posterior.covariance.root]
+    return np.concatenate([jax.flatten_util.ravel_pytree(posterior.mean)[0], *roots])
+
+
+@pytest.fixture(params=INFERRING, ids=str)
+def inferring(request):
+    return INFERRING[request.param]()
+
+
+def test_an_inferred_user_depends_on_the_shots_and_their_weights_alone(inferring):
+    assert isinstance(inferring, InfersUser)
+    infer = jax.jit(inferring.infer_user)
+    support = shots()
+    found = flat(infer(support))
+    prior = flat(infer(shots(np.zeros(4))))
+    assert np.abs(found - prior).max() > 1e-3
+    same = lambda other: np.testing.assert_allclose(flat(infer(other)), found, rtol=2e-4, atol=2e-5)  # noqa: E731
+    same(pick(support, np.array([2, 0, 3, 1])))
+    swapped = support.replace(first=support.second, second=support.first, target=1 - support.target)
+    same(swapped)
+    longer = jax.tree.map(lambda v: jnp.concatenate([v, v[:2]]), support)
+    same(longer.replace(weight=jnp.asarray([1.0, 1, 1, 1, 0, 0]), target=longer.target.at[4:].set(0.0)))
+    twice = flat(infer(longer))
+    heavy = flat(infer(support.replace(weight=jnp.asarray([2.0, 2, 1, 1]))))
+    np.testing.assert_allclose(heavy, twice, rtol=2e-4, atol=2e-5)
+    assert np.abs(twice - found).max() > 1e-4
+
+
+def test_inferring_is_the_same_under_vmap_and_from_no_rows_that_count(inferring):
+    many = jax.tree.map(lambda *v: jnp.stack(v), shots(), shots(np.zeros(4)), shots([1, 0, 0, 1]))
+    mapped = jax.jit(jax.vmap(inferring.infer_user))(many)
+    for i in range(3):
+        one = flat(inferring.infer_user(pick(many, i)))
+        np.testing.assert_allclose(flat(pick(mapped, i)), one, rtol=2e-4, atol=2e-5)
+    reversed_ = pick(many, 1).replace(target=1 - pick(many, 1).target)
+    np.testing.assert_array_equal(flat(inferring.infer_user(reversed_)), flat(inferring.infer_user(pick(many, 1))))
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_reversed_labels_reverse_a_family_that_is_odd_by_construction(name):
+    model, support = INFERRING[name](), shots()
+    found, other = (model.infer_user(s) for s in (support, support.replace(target=1 - support.target)))
+    np.testing.assert_allclose(other.mean, -found.mean, rtol=1e-4, atol=1e-6)
+    assert np.abs(found.mean).max() > 1e-3
+    if found.covariance is not None:
+        np.testing.assert_allclose(other.covariance.root, found.covariance.root, rtol=1e-5)
+        assert found.covariance.root.max() < 1.0
+
+
+@pytest.mark.parametrize("name", ["variational", "neural_process", "meta_reward"])
+def test_training_by_episodes_has_finite_gradients_where_nothing_is_shown(name):
+    inferring = INFERRING[name]()
+    episode = jax.tree.map(lambda *v: jnp.stack(v), *(Episode(shots(w), shots()) for w in (np.zeros(4), np.ones(4))))
+    gradient = jax.jit(jax.grad(lambda p: episode_loss()(p, (episode, jnp.asarray(1.0)), jax.random.key(0))[0]))
+    found = gradient(Params(inferring, (), Logistic()))
+    size = [float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(found) if leaf.size]
+    assert np.isfinite(size).all()
+    assert max(size) > 1e-4

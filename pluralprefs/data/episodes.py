@@ -1,0 +1,86 @@
+"""Episodes: some comparisons of a user as shots, others of the same user as questions, drawn anew in every epoch.
+
+An epoch is a pure function of (seed, number): each pass over the users shuffles the rows of each, shows the first n of
+them, n uniform from 0 to `shots`, and asks the next `queries`. A pair that is among the shots is never asked, whichever
+of its responses comes first. Passes are as many as ask about as many rows as there are.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from jaxtyping import Int
+
+from pluralprefs.data.batches import steps_per_epoch, take_rows
+from pluralprefs.types import Comparisons, Episode
+
+USERS_AT_ONCE = 4096
+
+
+def episode_epoch(
+    seed: int, number: int, rows: Comparisons[Any], batch_size: int, *, shots: int = 32, queries: int = 32
+) -> Episode[Any]:
+    """Lay out epoch `number` as index episodes: support [steps, users, shots] and query [steps, users, queries].
+
+    `rows` are numpy index rows; those of unknown users or of weight 0 are left out, and so is who has no row. A step
+    asks about `batch_size` rows where users have enough of them. What is missing is padding of weight 0. Raises
+    ValueError where no user has a row.
+    """
+    draw = np.random.default_rng([seed, number])
+    users = len(np.unique(np.asarray(rows.user)[_usable(rows)]))
+    if not users:
+        raise ValueError("no row of a known user to make an episode of: give user_id to the training rows")
+    passes = max(1, round(int(_usable(rows).sum()) / (users * queries)))
+    found = [episode_indices(draw, rows, shots, queries) for _ in range(passes)]
+    at_once = min(max(1, batch_size // queries), passes * users)
+    steps = steps_per_epoch(passes * users, at_once)
+
+    def laid_out(parts: list[np.ndarray]) -> np.ndarray:
+        lines = np.concatenate(parts)
+        padding = np.full((steps * at_once - len(lines), lines.shape[1]), -1)
+        return np.concatenate([lines, padding]).reshape(steps, at_once, -1)
+
+    support, query = (laid_out([pass_[side] for pass_ in found]) for side in (0, 1))
+    return Episode(support=take_rows(rows, support), query=take_rows(rows, query))
+
+
+def episode_indices(
+    draw: np.random.Generator, rows: Comparisons[Any], shots: int, queries: int, *, exactly: bool = False
+) -> tuple[Int[np.ndarray, "users shots"], Int[np.ndarray, "users queries"]]:
+    """Rows of one pass, one line a user in random order, -1 where there is none.
+
+    With `exactly` every user shows `shots` rows, but keeps a quarter to ask about; else a number drawn for each. The
+    first n of a line's shots are a shuffle's first n.
+    """
+    order = draw.permutation(np.flatnonzero(_usable(rows)))
+    order = order[np.argsort(np.asarray(rows.user)[order], kind="stable")]
+    _, start, count = np.unique(np.asarray(rows.user)[order], return_index=True, return_counts=True)
+    number = shots if exactly else draw.integers(0, shots + 1, len(start))
+    given = np.minimum(number, count - np.maximum(count // 4, 1) if exactly else count - 1)
+    support = _lines(order, start, given, shots)
+    query = _lines(order, start + given, np.minimum(count - given, queries), queries)
+    pair = _pairs(rows)
+    for cut in range(0, len(start), USERS_AT_ONCE):
+        part = slice(cut, cut + USERS_AT_ONCE)
+        shown = np.where(support[part] >= 0, pair[support[part]], -1)
+        twice = (pair[query[part]][:, :, None] == shown[:, None, :]).any(axis=2)
+        query[part] = np.where(twice, -1, query[part])
+    mixed = draw.permutation(len(start))
+    return support[mixed], query[mixed]
+
+
+def _usable(rows: Comparisons[Any]) -> np.ndarray:
+    return (np.asarray(rows.user) >= 0) & (np.asarray(rows.weight) > 0)
+
+
+def _lines(order: np.ndarray, start: np.ndarray, count: np.ndarray, width: int) -> np.ndarray:
+    place = np.arange(width)[None, :]
+    rows = order[np.minimum(start[:, None] + place, len(order) - 1)]
+    return np.where(place < count[:, None], rows, -1)
+
+
+def _pairs(rows: Comparisons[Any]) -> np.ndarray:
+    """A number for each row's pair of responses, the same in either order."""
+    sides = np.sort(np.stack([rows.first, rows.second]), axis=0)
+    return np.unique(sides, axis=1, return_inverse=True)[1].reshape(-1)

@@ -1,0 +1,250 @@
+"""Fit families that infer a user from shots (`InfersUser`): episodes of training users, judged on users held out.
+
+    population (Newton, out of fold) -> family, trained by episodes on top of it -> trust, by users held out
+
+A fifth of the training users is held out first. They choose the number of epochs, and then `Residual`'s scalars: how
+much of the inferred shift to trust at each number of shots, how much of what the family says of everyone, and whether
+more shots than an episode has are to be used as they are. The family is then trained again on all users for as many
+epochs. A held-out user is judged out of fold twice: the family has not seen the user, nor the population the pair.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array, Float
+from scipy.optimize import minimize_scalar
+
+from pluralprefs.adapting import adapt_and_predict, adapt_units
+from pluralprefs.data.episodes import episode_epoch, episode_indices
+from pluralprefs.fitting import Fitted, Rows, gathered, padded, row_log_odds, strangers, take
+from pluralprefs.models.residual import Residual
+from pluralprefs.pooling import Base, folds_by, validation_nats
+from pluralprefs.train import episode_loss, init_state, make_epoch_step, make_train_step
+from pluralprefs.training import Report, Training
+from pluralprefs.types import Episode, Item, Params, Reduction
+from pluralprefs.users import Pooled, Users
+
+SHOTS = 32  # of an episode, at most
+KNOTS = (0, 1, 2, 4, 8, 16, 32, 64)  # numbers of shots at which trust is learned; the last stands for all there are
+DRAWS = 5  # of shots for each held-out user
+HELD_OUT = 20  # per cent of the training users
+FEWEST = 2  # users to judge by; where there are fewer nothing is trusted
+
+
+def fit_inferred(
+    model: Residual,
+    items: Item,
+    rows: Rows,
+    pooled: Pooled,
+    *,
+    population: Base,
+    users: int,
+    communities: int,
+    likelihood: Any,
+    reduction: Reduction,
+    optimizer: optax.GradientTransformation,
+    epochs: int,
+    batch_size: int,
+    seed: int,
+    notes: dict[str, Any],
+    report: Report | None = None,
+    checkpoints: Path | None = None,
+) -> Fitted:
+    """Fit the population, the family and its trust to `rows`, and infer the table's users from them.
+
+    population(mask) gives a linear family and its fitted state, as `pooling.population_by_newton` does. With no level
+    "user", or too few users to hold any out, the population is all there is. Raises ValueError for levels that the
+    family cannot have.
+    """
+    if "community" in pooled.levels:
+        raise ValueError(f"{type(model.family).__name__} infers users and has no community level: set users.levels to "
+                         '["user"]')  # fmt: skip
+    base, table = population(None)
+    model = model.replace(population=base, weights=table.population)
+    judged = rows.replace(offset=out_of_fold(population, items, rows, pooled))
+    known = np.unique(np.asarray(rows.user)[(np.asarray(rows.user) >= 0) & (np.asarray(rows.weight) > 0)])
+    held = np.array([int(u) for u in known if _hash(f"held out|{u}") % 100 < HELD_OUT], int)
+    if not len(held) and len(known) >= 2 * FEWEST:
+        held = known[:FEWEST]
+    if "user" in pooled.levels and FEWEST <= len(held) < len(known):
+        train = partial(_train, items=items, likelihood=likelihood, reduction=reduction, optimizer=optimizer,
+                        batch_size=batch_size, seed=seed, report=report)  # fmt: skip
+        apart = np.isin(np.asarray(rows.user), held)
+        aside = take(judged, np.flatnonzero(apart))
+        chosen, done = train(model.family, take(judged, np.flatnonzero(~apart)), epochs=epochs, held=aside,
+                             notes=notes, folder=checkpoints and checkpoints / "held-out")  # fmt: skip
+        model = trusted(settled(model, chosen, items, rows), items, aside, notes)
+        family, _ = train(model.family, judged, epochs=done, folder=checkpoints and checkpoints / "all")
+        model = settled(model, family, items, rows)
+    return _table(model, items, rows, pooled, users, communities, notes)
+
+
+def out_of_fold(population: Base, items: Item, rows: Rows, pooled: Pooled) -> np.ndarray:
+    """Log-odds of the population for each row, from fits that did not see its pair: [rows], float32."""
+    if not pooled.cross_fit:
+        return row_log_odds(*population(None), items, strangers(rows)).astype(np.float32)
+    found = np.zeros(len(rows.target), np.float32)
+    for fold in folds_by(pooled.cross_fit, rows, pooled.folds):
+        found[fold.predict] = row_log_odds(*population(fold.fit), items, strangers(take(rows, fold.predict)))
+    return found
+
+
+def settled(model: Residual, family: Any, items: Item, rows: Rows) -> Residual:
+    """The residual with a trained family and the prior user that it infers from no shots."""
+    return model.replace(family=family, prior=family.infer_user(gathered(items, padded(rows, np.array([-1])))).mean)
+
+
+def trusted(model: Residual, items: Item, rows: Rows, notes: dict[str, Any]) -> Residual:
+    """Learn null, trust and most from the rows of users whom the family was not trained on.
+
+    Each is what makes the moderated predictions of the rows that were not shown lose the fewest nats; a number of shots
+    that no user has is trusted as the number before it.
+    """
+    null = _least(_at_prior(model, items, rows), np.zeros(len(rows.target)), rows.offset, rows, most=1.0)
+    rows = rows.replace(offset=(rows.offset + null * _at_prior(model, items, rows)).astype(np.float32))
+    open_ended = model.replace(null=jnp.zeros(()), trust=jnp.ones(len(KNOTS)).at[0].set(0.0), most=jnp.float32(1e6))
+    trust, last = [0.0], float(SHOTS)
+    for count in KNOTS[1:-1]:
+        asked = _shown(open_ended, items, rows, count, exactly=True)
+        trust.append(_least(*asked) if len(asked[0]) else trust[-1])
+    many = int(np.unique(np.asarray(rows.user), return_counts=True)[1].max())
+    most, at_all = float(SHOTS), trust[-1]
+    if many * 3 // 4 > SHOTS:
+        everything = _shown(open_ended, items, rows, many, exactly=False)
+        capped = _shown(open_ended.replace(most=jnp.float32(SHOTS)), items, rows, many, exactly=False)
+        whole = _least(*everything)
+        nats = {name: validation_nats(part[2] + s * part[0], s**2 * part[1], part[3])
+                for name, part, s in (("all", everything, whole), (SHOTS, capped, trust[-1]))}  # fmt: skip
+        if nats["all"] < nats[SHOTS]:
+            most, at_all, last = 1e6, whole, many * 0.75
+        notes["validation_nll_of_shots"] = {str(name): value for name, value in nats.items()}
+    last = max(last, SHOTS + 1.0)
+    shots = jnp.asarray([*KNOTS[:-1], last], jnp.float32)
+    notes |= {"null": null, "trust": {str(k): s for k, s in zip(KNOTS[1:-1], trust[1:], strict=True)} | {"all": at_all}}
+    return model.replace(null=jnp.float32(null), shots=shots, trust=jnp.asarray([*trust, at_all], jnp.float32),
+                         most=jnp.float32(most))  # fmt: skip
+
+
+def _train(
+    family: Any, rows: Rows, *, items: Item, likelihood: Any, reduction: Reduction,
+    optimizer: optax.GradientTransformation, epochs: int, batch_size: int, seed: int, report: Report | None,
+    folder: Path | None, held: Rows | None = None, notes: dict[str, Any] | None = None,
+) -> tuple[Any, int]:  # fmt: skip
+    """Train on episodes and return the family and the epochs that it took: those that serve `held` users best."""
+
+    def batch(number: int, rows: Rows) -> tuple[Episode[Any], np.ndarray]:
+        episodes = episode_epoch(seed, number, rows, batch_size, shots=SHOTS)
+        steps = len(episodes.query.weight)
+        return episodes, ((number + np.arange(steps) / steps) / epochs).astype(np.float32)
+
+    nats = None if held is None else partial(_held_out_nats, items, held_episodes(held))
+    step = jax.jit(make_epoch_step(make_train_step(episode_loss(reduction=reduction), optimizer)))
+    state = init_state(Params(family, (), likelihood), optimizer, jax.random.key(seed))
+    best = Training(step, items, batch, nats, epochs, report)(state, rows, folder)
+    if notes is not None:
+        notes.update(epochs=best.epochs, epochs_validation_nll=best.nats)
+    return best.params.model, best.epochs or epochs
+
+
+def held_episodes(rows: Rows, counts: tuple[int, ...] = (0, 2, 8, SHOTS)) -> Episode[Any]:
+    """Fixed episodes of the users of `rows` with each number of shots: [episodes, shots | queries] index rows."""
+    parts = []
+    for number, count in enumerate(counts):
+        support, query = episode_indices(np.random.default_rng(number), rows, SHOTS, SHOTS, exactly=True)
+        parts.append((np.where(np.arange(SHOTS) < count, support, -1), query))
+    support, query = (np.concatenate(side) for side in zip(*parts, strict=True))
+    return Episode(support=padded(rows, support), query=padded(rows, query))
+
+
+@jax.jit
+def _episode_nats(params: Params, items: Item, episodes: Episode[Any]) -> Float[Array, ""]:
+    def one(episode: Episode[Any]) -> Array:
+        user = params.model.infer_user(gathered(items, episode.support)).mean
+
+        def nats(row: Rows) -> Array:
+            return params.likelihood(params.model.log_odds(user, row.first, row.second) + row.offset, row)
+
+        return jax.vmap(nats)(gathered(items, episode.query))
+
+    weight = episodes.query.weight
+    return jnp.sum(weight * jax.lax.map(one, episodes, batch_size=64)) / jnp.sum(weight)
+
+
+def _held_out_nats(items: Item, episodes: Episode[Any], params: Params) -> float:
+    return float(_episode_nats(params, items, episodes))
+
+
+def _at_prior(model: Residual, items: Item, rows: Rows) -> np.ndarray:
+    """Log-odds of the family's prior user, [rows]."""
+    alone = model.replace(weights=jax.tree.map(jnp.zeros_like, model.weights), null=jnp.ones(()))
+    return row_log_odds(alone, prior_table(alone), items, strangers(rows))
+
+
+Asked = tuple[np.ndarray, np.ndarray, np.ndarray, Rows]  # mean and variance of the shift, log-odds without it, rows
+
+
+def _shown(model: Residual, items: Item, rows: Rows, count: int, *, exactly: bool) -> Asked:
+    """Infer the users of `rows` from `count` shots (or as many as they have), and ask about the others, `DRAWS` times.
+
+    With `exactly` users who have fewer are left out.
+    """
+    given, asked = [], []
+    for draw in range(DRAWS):
+        lines = episode_indices(np.random.default_rng(draw), rows, max(count, SHOTS), SHOTS, exactly=True)
+        shown, query = lines[0][:, :count], lines[1]
+        enough = (shown >= 0).sum(1) >= (count if exactly else 1)
+        given.append(shown[enough])
+        asked.append(query[enough])
+    support, query = np.concatenate(given), np.concatenate(asked)
+    units = [np.broadcast_to(np.arange(len(part))[:, None], part.shape)[part >= 0] for part in (support, query)]
+    picked = take(rows, query[query >= 0])
+    alone = model.replace(weights=jax.tree.map(jnp.zeros_like, model.weights))
+    flat = lambda part: part.replace(offset=np.zeros_like(part.offset))  # noqa: E731
+    mean, variance = adapt_and_predict(alone, prior_table(alone), items, flat(take(rows, support[support >= 0])),
+                                       units[0], flat(picked), units[1])  # fmt: skip
+    return mean, variance, np.asarray(picked.offset, float), picked
+
+
+def _least(mean: np.ndarray, variance: np.ndarray, offset: np.ndarray, rows: Rows, most: float = 4.0) -> float:
+    """The factor in [0, most] of a shift that loses the fewest nats on top of `offset`."""
+
+    def nats(factor: float) -> float:
+        return validation_nats(offset + factor * mean, factor**2 * variance, rows)
+
+    found = minimize_scalar(nats, bounds=(0.0, most), method="bounded")
+    return float(found.x) if found.fun < nats(0.0) else 0.0
+
+
+def prior_table(model: Residual, *, users: int = 0, communities: int = 0) -> Users:
+    """The table of a residual, everyone at the prior user."""
+    table = Users.init(model, users=users, communities=communities)
+    zero = jnp.zeros_like(table.user_root)
+    population = {"state": model.prior, "trust": jnp.zeros(())}
+    return table.replace(population=population, user_root=zero, community_root=zero)
+
+
+def _table(
+    model: Residual, items: Item, rows: Rows, pooled: Pooled, users: int, communities: int, notes: dict[str, Any]
+) -> Fitted:
+    """The whole table, its users inferred from their training rows."""
+    table = prior_table(model, users=users, communities=communities)
+    table = table.replace(residual=jnp.float32(0.0 if pooled.residual is True else pooled.residual))
+    place = np.flatnonzero(np.asarray(rows.user) >= 0)
+    found = adapt_units(model, table, items, take(rows, place), np.asarray(rows.user)[place])
+    if found:
+        index = np.array(list(found))
+        means = jax.tree.map(lambda *leaves: np.stack(leaves), *(posterior.mean for posterior in found.values()))
+        table = table.replace(user=jax.tree.map(lambda all_, x: all_.at[index].set(x), table.user, means))
+    return Fitted(model, table, rows, notes)
+
+
+def _hash(text: str) -> int:
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")

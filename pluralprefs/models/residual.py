@@ -1,0 +1,68 @@
+"""A population, and on top of it what shots say of a user: the form in which inferred users are fitted and scored.
+
+    l(u) = l_0 + null f(prior) + trust(n) [f(u) - f(prior)]
+
+l_0 are the log-odds of a population (`population` at its state `weights`), f those of a family that infers its users
+(`family`), prior the user that it infers from no shots, n the summed weight of the shots. Without shots the log-odds
+are the population's, plus what the family says of everyone as far as validation users bore it out (`null`, 0 to 1).
+`trust` is how much of the shift validation users bore out at `shots` many shots, interpolated in log(1 + n), so that a user
+who has shown something is not served worse than one who has shown nothing. More than `most` shots, the most that the
+family was trained on, count as `most` together, unless validation users said that it copes (`inferring` decides).
+"""
+
+from __future__ import annotations
+
+from typing import Any, Self
+
+import jax.numpy as jnp
+from flax import struct
+from jaxtyping import Array, Float
+
+from pluralprefs.types import Comparisons, Covariance, Item, Replaceable, UserPosterior
+
+
+@struct.dataclass
+class Residual(Replaceable):
+    """See the module. The user state is the family's ("state") and how far it is trusted ("trust")."""
+
+    population: Any
+    weights: Any
+    family: Any
+    prior: Any
+    null: Float[Array, ""]
+    shots: Float[Array, " knots"]
+    trust: Float[Array, " knots"]
+    most: Float[Array, ""]
+
+    @classmethod
+    def init(cls, *, population: Any, family: Any, knots: int) -> Self:
+        """The population alone: nothing that the family says is trusted yet."""
+        zero, shots = jnp.zeros(()), jnp.arange(knots, dtype=jnp.float32)
+        return cls(population, population.init_user(), family, family.init_user(), zero, shots, 0 * shots, zero)
+
+    def init_user(self) -> dict[str, Any]:
+        return {"state": self.family.init_user(), "trust": jnp.zeros(())}
+
+    def infer_user(self, support: Comparisons[Item]) -> UserPosterior:
+        """The family's user of these shots, and its trust; the prior, without trust, where there are none."""
+        total = jnp.sum(support.weight)
+        most = jnp.maximum(self.most, 1e-6)
+        used = support.replace(weight=support.weight * most / jnp.maximum(total, most))
+        found = self.family.infer_user(used)
+        trust = jnp.interp(jnp.log1p(total), jnp.log1p(self.shots), self.trust)
+        covariance = None if found.covariance is None else widened(found.covariance)
+        return UserPosterior({"state": found.mean, "trust": trust}, covariance)
+
+    def reward(self, user: dict[str, Any], item: Item) -> Float[Array, ""]:
+        at_prior = self.family.reward(self.prior, item)
+        shift = self.family.reward(user["state"], item) - at_prior
+        return self.population.reward(self.weights, item) + self.null * at_prior + user["trust"] * shift
+
+    def log_odds(self, user: dict[str, Any], first: Item, second: Item) -> Float[Array, ""]:
+        return self.reward(user, first) - self.reward(user, second)
+
+
+def widened(covariance: Covariance) -> Covariance:
+    """The covariance with one more coordinate at the end, which is certain."""
+    pad = [(0, 1)] * covariance.root.ndim
+    return Covariance(jnp.pad(covariance.root, pad), jnp.pad(covariance.downdate, [(0, 0), (0, 1)]))
