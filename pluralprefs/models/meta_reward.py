@@ -1,10 +1,10 @@
-"""Meta-learned rewards: K base rewards mixed by softmax weights that a few gradient steps fit to a user (MRM, 2601.18731).
+"""Meta-learned rewards: base rewards whose softmax mixture a few gradient steps fit to a user (MRM, arXiv 2601.18731).
 
     r_u = s softmax(omega_u) . f(e)          `basis` (f), s = exp(`log_scale`)
     omega_u = omega_0 after `steps` steps on the user's shots          `start` (omega_0), meta-learned
 
-The user state is omega_u, [rewards]. The steps are those of `adapt.fit_user`, handed in as `adapter`, so that training by
-episodes differentiates through them (second order), or takes them as constants of the model (`first_order`, as in
+The user state is omega_u, [rewards]. The steps are those of `adapt.fit_user`, handed in as `adapter`, so that training
+by episodes differentiates through them (second order), or takes them as constants of the model (`first_order`, as in
 first-order MAML). No steps, or no shots, are omega_0. The published outer loss weighs the users who are served worst:
 `likelihoods.user_tail` as the experiment's reduction. Where we depart: the steps are Adam's on a posterior whose prior
 is N(omega_0, `strength`^2), so that more of them approach a user's best weights and not infinity.
