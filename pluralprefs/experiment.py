@@ -21,7 +21,7 @@ import numpy as np
 import optax
 import polars as pl
 
-from pluralprefs.adapt import laplace_user
+from pluralprefs.adapt import laplace_user, stepped_user
 from pluralprefs.attributes.source import AttributeSource, checked
 from pluralprefs.baselines import artefact_log_odds, length_only, majority_of_others, prediction_rows
 from pluralprefs.data import batches, splits
@@ -31,13 +31,17 @@ from pluralprefs.encoders.features import Features
 from pluralprefs.evaluate import SEEN, UNSEEN, Adapter
 from pluralprefs.fitting import Fitted, Rows, take
 from pluralprefs.inferring import KNOTS, fit_inferred
-from pluralprefs.likelihoods import Logistic, pooled_mean
+from pluralprefs.likelihoods import Logistic, pooled_mean, user_tail
 from pluralprefs.models.attribute_attention import AttributeAttention
 from pluralprefs.models.bradley_terry import BradleyTerry
 from pluralprefs.models.fast_weights import FastWeights
 from pluralprefs.models.ideal_point import IdealDirection, IdealPoint
 from pluralprefs.models.low_rank import LowRank
+from pluralprefs.models.meta_reward import MetaReward
+from pluralprefs.models.neural_process import NeuralProcess
 from pluralprefs.models.residual import Residual
+from pluralprefs.models.set_pooled import SetPooled
+from pluralprefs.models.variational import Variational
 from pluralprefs.pooling import fit_pooled, half_fits, shared_variance, tempered_population
 from pluralprefs.profiles import preference_variance
 from pluralprefs.train import attribute_dropout
@@ -93,6 +97,11 @@ class Experiment:
     data_name: str = "data"
 
 
+# What stands under a user inferred from shots is Bradley-Terry with a kernel; see `inferring`.
+INFERRED: dict[str, Any] = {
+    "features": {"log_length": True, "anchors": 256},
+    "optimizer": partial(optax.adamw, learning_rate=1e-3, weight_decay=1e-2),
+}
 FAMILIES: dict[str, dict[str, Any]] = {
     "bradley_terry": {"model": BradleyTerry.init, "features": {"log_length": True, "anchors": 256}},
     "bradley_terry_mlp": {"model": partial(BradleyTerry.init, hidden=(64,)), "features": {"log_length": True}},
@@ -111,7 +120,14 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "model": AttributeAttention.init, "attributes": partial(load_encoder, "attributes"),
         "users": Pooled(levels=("community", "user"), gain=False), "transform": partial(attribute_dropout, most=0.3),
     },
-    "fast_weights": {"model": FastWeights.init, "features": {"log_length": True, "anchors": 256}},
+    "fast_weights": {"model": FastWeights.init, **INFERRED},
+    "variational": {"model": Variational.init, **INFERRED},
+    "swap_symmetric": {"model": partial(Variational.init, symmetric=True), **INFERRED},
+    "neural_process": {"model": NeuralProcess.init, **INFERRED},
+    "meta_reward": {
+        "model": partial(MetaReward.init, adapter=stepped_user), **INFERRED, "reduction": partial(user_tail, alpha=0.5),
+    },
+    "set_pooled": {"model": SetPooled.init, **INFERRED},
 }  # fmt: skip
 
 

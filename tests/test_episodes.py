@@ -9,7 +9,7 @@ from pluralprefs.fitting import take
 
 
 def judged(users=7, seed=0):
-    """Rows of users with 1 to 60 comparisons of 9 items, so that pairs come twice, in both orders; first = row's item."""
+    """Rows of users with 1 to 60 comparisons of 9 items, so that pairs come twice, in both orders."""
     draw = np.random.default_rng(seed)
     user = np.repeat(np.arange(-1, users - 1), draw.integers(1, 60, users)).astype(np.int32)
     user = draw.permutation(np.append(user, users))

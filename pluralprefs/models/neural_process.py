@@ -1,15 +1,16 @@
 """Neural process: a transformer without positions reads shots as tokens (GPO, arXiv 2310.11523) into a few latents.
 
     token_i = (MLP([k_first; k_second; y_i]) + MLP([k_second; k_first; -y_i])) / 2        `token`, y = 2 t - 1, k = P e
-    layer   latents attend to {null, tokens}, then to each other's features by an MLP     `null`, `latents`, `blocks`
+    layer   latents attend to {null, tokens}, an MLP follows                        `null`, `latents`, `blocks`
     target  starts as MLP(k), attends to the latents of each layer, is read by a linear head: the reward      `target`
     l = r(first) - r(second)
 
-The user state is the latents after each layer, [layers, latents, width]. Targets see the context alone, never each other;
-the null token is always there, so that no shots are a context too; a shot of weight w counts as w tokens. Where we depart:
-GPO's targets attend to the tokens themselves, so that its user is as long as the context; with latents between (as in
-LBANP, arXiv 2211.08458) a user has one size, and any number of shots costs a target the same. The pairwise likelihood
-stands in the place of GPO's regression, and tokens hold pairs, the same whichever response is called first.
+The user state is the latents after each layer, [layers, latents, width]. Targets see the context alone, never each
+other; the null token is always there, so that no shots are a context too; a shot of weight w counts as w tokens. Where
+we depart: GPO's targets attend to the tokens themselves, so that its user is as long as the context; with latents
+between (as in LBANP, arXiv 2211.08458) a user has one size, and any number of shots costs a target the same. The
+pairwise likelihood stands in the place of GPO's regression, and tokens hold pairs, the same whichever response is called
+first.
 """
 
 from __future__ import annotations

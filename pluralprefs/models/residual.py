@@ -5,9 +5,9 @@
 l_0 are the log-odds of a population (`population` at its state `weights`), f those of a family that infers its users
 (`family`), prior the user that it infers from no shots, n the summed weight of the shots. Without shots the log-odds
 are the population's, plus what the family says of everyone as far as validation users bore it out (`null`, 0 to 1).
-`trust` is how much of the shift validation users bore out at `shots` many shots, interpolated in log(1 + n), so that a user
-who has shown something is not served worse than one who has shown nothing. More than `most` shots, the most that the
-family was trained on, count as `most` together, unless validation users said that it copes (`inferring` decides).
+`trust` is how much of the shift validation users bore out at `shots` many shots, interpolated in log(1 + n), so that a
+user who has shown something is not served worse than one who has shown nothing. More than `most` shots, the most that
+the family was trained on, count as `most` together, unless validation users said that it copes (`inferring` decides).
 """
 
 from __future__ import annotations

@@ -7,8 +7,8 @@
 
 Pairs are embedded, not single responses: what a person rejected says as much. The user state is u, [width], zero
 without shots (the published model's dropped user, by which it is guided; here episodes without shots train it). The
-mean is shrunk by c, so that two shots move a user less than twenty. Where we depart: PPD conditions a diffusion model by
-cross-attention to such embeddings; here they are the weights of a reward.
+mean is shrunk by c, so that two shots move a user less than twenty. Where we depart: PPD conditions a diffusion model
+by cross-attention to such embeddings; here they are the weights of a reward.
 """
 
 from __future__ import annotations

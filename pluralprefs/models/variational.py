@@ -1,4 +1,4 @@
-"""Variational users: VPL (arXiv 2408.10075), and the swap-symmetric encoder that is odd by construction (arXiv 2603.12595).
+"""Variational users: VPL (arXiv 2408.10075), and a swap-symmetric encoder, odd by construction (arXiv 2603.12595).
 
     shot i   p_i = softplus(precision head),  m_i = mean head       of a pair encoder on k_chosen, k_rejected
     user     q(z | shots) = N(0, I) prod_i N(z; m_i, diag 1/p_i)^w_i             k = P e   `projection`
