@@ -1,11 +1,11 @@
 """Episodes: shots and questions of one user, never the same pair, a pure function of (seed, epoch)."""
 
+import jax
 import numpy as np
 import pytest
 from families import rows
 
 from pluralprefs.data.episodes import episode_epoch, episode_indices
-from pluralprefs.fitting import take
 
 
 def judged(users=7, seed=0):
@@ -16,7 +16,7 @@ def judged(users=7, seed=0):
     first = draw.integers(0, 9, len(user)).astype(np.int32)
     second = ((first + draw.integers(1, 9, len(user))) % 9).astype(np.int32)
     made = rows(first, second, draw.integers(0, 2, len(user)), np.where(draw.random(len(user)) < 0.1, 0.0, 1.0))
-    return take(made.replace(user=user), np.arange(len(user)))
+    return jax.tree.map(np.asarray, made.replace(user=user))
 
 
 def pairs(part):
@@ -31,8 +31,6 @@ def flat(episodes):
 
 
 def take_lines(part):
-    import jax
-
     return jax.tree.map(lambda x: np.asarray(x).reshape(-1, x.shape[-1]), part)
 
 
@@ -67,10 +65,13 @@ def test_everyone_is_asked_about_in_every_pass_and_one_row_is_a_question_not_a_s
     table = judged()
     support, query = episode_indices(np.random.default_rng(0), table, 32, 32)
     usable = (table.user >= 0) & (table.weight > 0)
-    assert sorted(table.user[query[:, 0]].tolist()) == np.unique(table.user[usable]).tolist()
     counts = np.bincount(table.user[usable])
+    users = []
     for line, asked in zip(support, query, strict=True):
-        assert (line >= 0).sum() < counts[table.user[asked[0]]]
+        both = np.concatenate([line, asked])
+        users.append(table.user[both[both >= 0][0]])
+        assert (line >= 0).sum() < counts[users[-1]]
+    assert sorted(users) == np.unique(table.user[usable]).tolist()
 
 
 def test_exactly_many_shots_leave_a_quarter_to_ask_about():

@@ -9,8 +9,7 @@ The user state is the latents after each layer, [layers, latents, width]. Target
 other; the null token is always there, so that no shots are a context too; a shot of weight w counts as w tokens. Where
 we depart: GPO's targets attend to the tokens themselves, so that its user is as long as the context; with latents
 between (as in LBANP, arXiv 2211.08458) a user has one size, and any number of shots costs a target the same. The
-pairwise likelihood stands in the place of GPO's regression, and tokens hold pairs, the same whichever response is called
-first.
+pairwise likelihood stands in the place of GPO's regression, and tokens hold pairs, in either order the same.
 """
 
 from __future__ import annotations

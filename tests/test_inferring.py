@@ -1,0 +1,259 @@
+"""Users inferred from shots: their formulas by independent code, and the whole path from a file to a new user."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import polars as pl
+import pytest
+from families import DIM, FAMILIES, INFERRING, KEY, items, pick, rows
+from tables import write
+from test_parity import layers, softmax
+
+from pluralprefs.inferring import KNOTS, fit_inferred, settled, trusted
+from pluralprefs.launch import fit
+from pluralprefs.likelihoods import Logistic, pooled_mean
+from pluralprefs.models.low_rank import LowRank
+from pluralprefs.models.neural_process import NeuralProcess
+from pluralprefs.models.residual import Residual
+from pluralprefs.registry.files import load_arrays
+from pluralprefs.users import Pooled, Users
+
+X = items(20)
+FIRST, SECOND = np.array([0, 1, 2, 3]), np.array([1, 2, 4, 5])
+TARGET, WEIGHT = np.array([1.0, 0.0, 0.7, 1.0]), np.array([1.0, 2.0, 1.0, 0.0])
+SHOTS = rows(pick(X, FIRST), pick(X, SECOND), TARGET, WEIGHT)
+E = np.asarray(X.embedding, np.float64)
+
+
+def test_summed_fast_weights_are_the_published_sum_over_preferred_and_rejected_keys():
+    model = INFERRING["fast_weights_sum"]()
+    key = layers(model.key, E)
+    user = jax.jit(model.infer_user)(SHOTS).mean
+    for y in range(3):
+        reward = 0.0
+        for i, j, t, w in zip(FIRST, SECOND, TARGET, WEIGHT, strict=True):
+            reward += w * (2 * t - 1) * (key[i] - key[j]) @ key[y]
+        assert float(model.reward(user, pick(X, y))) == pytest.approx(np.exp(float(model.log_rate)) * reward, rel=1e-4)
+
+
+def test_ridge_fast_weights_solve_the_penalised_least_squares():
+    model = INFERRING["fast_weights"]().replace(log_ridge=jnp.log(0.3))
+    apart = layers(model.key, E[FIRST]) - layers(model.key, E[SECOND])
+    scale = np.sqrt(WEIGHT)
+    system = np.concatenate([scale[:, None] * apart, np.sqrt(0.3) * np.eye(3)])
+    wanted = np.linalg.lstsq(system, np.concatenate([scale * (2 * TARGET - 1), np.zeros(3)]), rcond=None)[0]
+    np.testing.assert_allclose(jax.jit(model.infer_user)(SHOTS).mean, wanted, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["variational", "swap_symmetric"])
+def test_a_variational_user_is_the_prior_times_one_gaussian_a_shot(name):
+    model = INFERRING[name]()
+    precision, weighted = np.ones(2), np.zeros(2)
+    for i, j, t, w in zip(FIRST, SECOND, TARGET, WEIGHT, strict=True):
+        for chosen, rejected, share in ((i, j, t), (j, i, 1 - t)):
+            k = [layers(model.projection, E[n : n + 1])[0] for n in (chosen, rejected)]
+            if name == "variational":
+                head = layers(model.encoder, np.concatenate(k))
+                mean, raw = head[:2], head[2:]
+            else:
+                d = k[0] - k[1]
+                plus, minus = (layers(model.encoder, np.concatenate([s * d, -s * d])) for s in (1, -1))
+                mean, raw = (plus[:2] - minus[:2]) / 2, (plus[2:] + minus[2:]) / 2
+            sharp = w * share * np.log1p(np.exp(raw))
+            precision += sharp
+            weighted += sharp * mean
+    found = jax.jit(model.infer_user)(SHOTS)
+    np.testing.assert_allclose(found.mean, weighted / precision, rtol=1e-4)
+    np.testing.assert_allclose(found.covariance.root**2, 1 / precision, rtol=1e-4)
+
+
+def test_the_penalty_is_the_divergence_from_the_prior_of_users_who_are_asked_about():
+    model = INFERRING["variational"]().replace(beta=0.5)
+    found = jax.tree.map(lambda x: jnp.stack([x, x]), jax.jit(model.infer_user)(SHOTS))
+    grid = np.linspace(-9, 9, 20001)
+    normal = lambda m, s: np.exp(-0.5 * ((grid - m) / s) ** 2) / (s * np.sqrt(2 * np.pi))  # noqa: E731
+    wanted = 0.0
+    for m, s in zip(found.mean[0], found.covariance.root[0], strict=True):
+        q, p = normal(float(m), float(s)), normal(0.0, 1.0)
+        wanted += np.trapezoid(q * (np.log(q + 1e-300) - np.log(p)), grid)
+    query = jax.tree.map(lambda x: jnp.stack([x, x]), SHOTS)
+    query = query.replace(weight=query.weight.at[1].set(0.0))
+    assert float(model.penalty(found, query, KEY)) == pytest.approx(0.5 * wanted, rel=1e-3)
+
+
+def test_a_neural_process_reads_shots_by_attention_and_each_target_reads_the_latents_alone():
+    model = NeuralProcess.init(key=KEY, dim=DIM, width=4, latents=2, layers=2, heads=2)
+
+    def normed(x):
+        return (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-6)
+
+    def block(weights, asking, asked):
+        matrix = {name: np.asarray(weights[name], np.float64) for name in "qkvo"}
+        out = []
+        for query in asking:
+            heads = []
+            for part in (slice(0, 2), slice(2, 4)):
+                q = (normed(query) @ matrix["q"])[part]
+                share = softmax(np.array([(normed(c) @ matrix["k"])[part] @ q for c in asked]) / np.sqrt(2))
+                heads.append(sum(s * (normed(c) @ matrix["v"])[part] for s, c in zip(share, asked, strict=True)))
+            moved = query + np.concatenate(heads) @ matrix["o"]
+            out.append(moved + layers(weights["mlp"], normed(moved)))
+        return np.array(out)
+
+    k = layers(model.projection, E)
+    tokens = [np.asarray(model.null, np.float64)[0]]
+    for i, j, t, w in zip(FIRST, SECOND, TARGET, WEIGHT, strict=True):
+        y = 2 * t - 1
+        sides = [np.concatenate([k[i], k[j], [y]]), np.concatenate([k[j], k[i], [-y]])]
+        tokens += [sum(layers(model.token, side) for side in sides) / 2] * int(w)  # a weight of 2 is two tokens
+    latents, asked = np.asarray(model.latents, np.float64), layers(model.target, k[:3])
+    for read, look in model.blocks:
+        latents = block(read, latents, np.array(tokens))
+        asked = block(look, asked, latents)
+    user = jax.jit(model.infer_user)(SHOTS).mean
+    np.testing.assert_allclose(user[1], latents, rtol=1e-3, atol=1e-4)
+    found = jax.jit(jax.vmap(model.reward, (None, 0)))(user, pick(X, slice(0, 3)))
+    np.testing.assert_allclose(found, layers(model.head, asked)[:, 0], rtol=1e-3, atol=1e-4)
+
+
+def test_a_set_pooled_user_is_a_shrunken_mean_of_pair_embeddings():
+    model = INFERRING["set_pooled"]()
+    k, total = layers(model.projection, E), np.zeros(4)
+    for i, j, t, w in zip(FIRST, SECOND, TARGET, WEIGHT, strict=True):
+        total += w * t * layers(model.pair, np.concatenate([k[i], k[j]]))
+        total += w * (1 - t) * layers(model.pair, np.concatenate([k[j], k[i]]))
+    wanted = total / (1 + WEIGHT.sum()) @ np.asarray(model.out, np.float64)
+    user = jax.jit(model.infer_user)(SHOTS).mean
+    np.testing.assert_allclose(user, wanted, rtol=1e-4, atol=1e-6)
+    assert float(model.reward(user, pick(X, 0))) == pytest.approx(wanted @ np.tanh(k[0]), rel=1e-3)
+
+
+def test_meta_training_differentiates_through_the_steps_and_first_order_does_not():
+    with jax.enable_x64():
+        wide = partial(jax.tree.map, lambda x: jnp.asarray(x, jnp.float64) if x.dtype == np.float32 else x)
+        model, shots = wide(INFERRING["meta_reward"]()), wide(SHOTS)
+
+        def loss(kernel, first_order):
+            settings = dict(model.settings) | {"first_order": first_order, "steps": 2}
+            moved = model.replace(basis=({"kernel": kernel, "bias": model.basis[0]["bias"]},),
+                                  settings=tuple(settings.items()))  # fmt: skip
+            return jnp.sum(moved.infer_user(shots).mean ** 2)
+
+        kernel, value = model.basis[0]["kernel"], jax.jit(loss, static_argnums=1)
+        slope = jax.jit(jax.grad(loss), static_argnums=1)
+        step = np.random.default_rng(0).normal(size=kernel.shape)
+        numeric = (value(kernel + 1e-5 * step, False) - value(kernel - 1e-5 * step, False)) / 2e-5
+        assert float(jnp.sum(slope(kernel, False) * step)) == pytest.approx(float(numeric), rel=1e-5)
+        assert abs(float(numeric)) > 1e-3
+        np.testing.assert_array_equal(slope(kernel, True), 0.0)
+        none = model.replace(settings=tuple((dict(model.settings) | {"steps": 0}).items()))
+        np.testing.assert_array_equal(none.infer_user(shots).mean, model.start)
+
+
+def test_a_residual_is_the_population_plus_the_shift_as_far_as_it_is_trusted():
+    model, support = INFERRING["residual"](), SHOTS
+    a, b = pick(X, 0), pick(X, 3)
+    base = float(model.population.log_odds(model.weights, a, b))
+    at_prior = float(model.family.log_odds(model.prior, a, b))
+    nothing = model.infer_user(support.replace(weight=jnp.zeros(4))).mean
+    assert float(model.log_odds(nothing, a, b)) == pytest.approx(base + 0.5 * at_prior, rel=1e-4)
+    found = model.infer_user(support).mean  # four shots, and trust is known for up to two
+    assert float(found["trust"]) == pytest.approx(0.8)
+    shift = float(model.family.log_odds(model.family.infer_user(support).mean, a, b)) - at_prior
+    assert float(model.log_odds(found, a, b)) == pytest.approx(base + 0.5 * at_prior + 0.8 * shift, rel=1e-4)
+    one = model.infer_user(support.replace(weight=jnp.asarray([1.0, 0, 0, 0]))).mean
+    assert float(one["trust"]) == pytest.approx(0.4)
+    many = model.infer_user(support.replace(weight=10 * support.weight)).mean["state"]  # forty count as four
+    np.testing.assert_allclose(many, model.infer_user(support).mean["state"], rtol=1e-4)
+    assert np.abs(many - model.family.infer_user(support.replace(weight=10 * support.weight)).mean).max() > 1e-3
+
+
+def test_what_shots_say_is_not_trusted_where_it_says_nothing():
+    """Coins for labels: a family that was not trained has no shift that validation users bear out."""
+    draw = np.random.default_rng(0)
+    count = 60 * 40
+    first = draw.integers(0, 6, count).astype(np.int32)
+    second = ((first + draw.integers(1, 6, count)) % 6).astype(np.int32)
+    table = jax.tree.map(np.asarray, rows(first, second, draw.integers(0, 2, count)))
+    table = table.replace(user=np.repeat(np.arange(60), 40).astype(np.int32))
+    family = FAMILIES["fast_weights"]()
+    model = Residual.init(population=LowRank.init(key=KEY, dim=DIM, rank=1), family=family, knots=len(KNOTS))
+    notes = {}
+    coins = trusted(settled(model, family, X, table), X, table, notes)
+    assert float(jnp.abs(coins.trust).max()) < 0.15
+    taste = np.asarray(draw.normal(size=(60, DIM)))[table.user] * 3
+    told = ((taste * (E[first] - E[second])).sum(1) > 0).astype(np.float32)
+    told = trusted(settled(model, family, X, table), X, table.replace(target=told), notes)
+    assert float(told.trust[-3:].min()) > 0.5
+
+
+@pytest.fixture(scope="module")
+def fitted(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("inferring")
+    data = write(folder / "data.jsonl", users=40, per_user=30)
+    settings = ["shots=[0,8]", "draws=2", "epochs=20", "model.width=2", "batch_size=256", "users.folds=2"]
+    return data, fit(data, model="fast_weights", encoder="attributes", root=folder, overrides=settings, progress=False)
+
+
+def test_a_new_user_is_inferred_from_shots_on_the_whole_path(fitted, tmp_path):
+    _, run = fitted
+    metric = run.folder.table("metrics").filter(pl.col("model") == "fast_weights", pl.col("control").is_null())
+    nll = metric.filter(pl.col("metric") == "nll", pl.col("cell") == "unseen/testpair", pl.col("community").is_null())
+    curve = dict(zip(nll["shots"], nll["value"], strict=True))
+    assert curve[8] < curve[0] - 0.1
+    new = run.read(write(tmp_path / "new.jsonl", users=2, per_user=12, seed=5))
+    users = run.adapt(new)
+    scores = run.score(new, users)
+    assert set(scores["user_source"]) == {"adapted"}
+    unknown = run.score(new)
+    nats = [-np.log(np.where(new["target"] > 0.5, p, 1 - p)).mean() for p in (scores["probability"],
+                                                                              unknown["probability"])]  # fmt: skip
+    assert nats[0] < nats[1] - 0.1
+    assert set(unknown["user_source"]) == {"population"}
+    reversed_ = run.adapt(new.with_columns(target=1 - pl.col("target")))
+    shift = scores["log_odds"] - unknown["log_odds"]
+    mirrored = run.score(new, reversed_)["log_odds"] - unknown["log_odds"]
+    np.testing.assert_allclose(mirrored, -shift, rtol=1e-3, atol=1e-4)
+    run.save_users(tmp_path / "users.safetensors", users)
+    kept = run.load_users(tmp_path / "users.safetensors")
+    assert run.score(new, kept).equals(scores)
+    assert set(load_arrays(tmp_path / "users.safetensors")[0]) == {"0/mean", "1/mean", "users"}
+
+
+def test_a_seen_user_is_inferred_from_the_training_rows(fitted):
+    data, run = fitted
+    table = run.read(data)
+    name = table["user_id"][0]
+    mine = table.filter(pl.col("user_id") == name)
+    scores = run.score(mine)
+    assert set(scores["user_source"]) == {"seen"}
+    place = run.vocabulary.users.index(name) if name in run.vocabulary.users else None
+    assert place is not None
+    assert float(np.abs(run.users.user.state["state"][place]).max()) > 0.0
+    trained = np.asarray(run.rows.user) == place
+    again = run.adapt(mine.filter(pl.Series(_is_trained(run, mine, trained))))
+    np.testing.assert_allclose(run.score(mine, again)["log_odds"], scores["log_odds"], rtol=1e-3, atol=1e-4)
+
+
+def _is_trained(run, table, trained):
+    kept = {(run.judged[i], run.judged[j], float(t)) for i, j, t in zip(
+        run.rows.first[trained], run.rows.second[trained], run.rows.target[trained], strict=True)}  # fmt: skip
+    return [key in kept for key in zip(table["first_id"], table["second_id"], table["target"], strict=True)]
+
+
+def test_a_level_of_communities_is_refused_and_without_a_level_of_users_all_are_the_population():
+    model = INFERRING["residual"]()
+    table = jax.tree.map(np.asarray, rows(FIRST, SECOND, TARGET)).replace(user=np.arange(4, dtype=np.int32))
+    population = LowRank.init(key=KEY, dim=DIM, rank=1)
+    settings = {"population": lambda _: (population, Users.init(population, users=0, communities=0)), "users": 4,
+                "communities": 0, "likelihood": Logistic(), "reduction": pooled_mean, "optimizer": optax.adam(1e-3),
+                "epochs": 1, "batch_size": 8, "seed": 0, "notes": {}}  # fmt: skip
+    with pytest.raises(ValueError, match="no community level"):
+        fit_inferred(model, X, table, Pooled(levels=("community", "user")), **settings)
+    model = Residual.init(population=population, family=model.family, knots=len(KNOTS))
+    alone = fit_inferred(model, X, table, Pooled(levels=(), cross_fit=None), **settings)
+    np.testing.assert_array_equal(alone.model.trust, 0.0)
+    np.testing.assert_array_equal(alone.users.user.state["trust"], 0.0)
