@@ -182,14 +182,17 @@ def fit_user(
     steps: int = 50,
     learning_rate: float = 0.1,
     first_order: bool = False,
+    eps_root: float = 1e-12,
 ) -> UserPosterior:
     """Return the MAP deviation of one user by Adam on the whitened deviation: a `lax.scan`, hence differentiable.
 
     Meta-training through adaptation is a gradient through this function; with `first_order` the steps themselves count
-    as constants of the model (first-order MAML). The point estimate carries no covariance.
+    as constants of the model (first-order MAML). `eps_root` is Adam's, under its square root: where the slope is 0, a
+    step's derivative is learning_rate / sqrt(eps_root), to the power of the steps. The point estimate carries no
+    covariance.
     """
     _, unravel = ravel(neutral(model))
-    optimizer = optax.adam(learning_rate, eps_root=1e-12)  # at a gradient of 0 its own derivative would be NaN
+    optimizer = optax.adam(learning_rate, eps_root=eps_root)
 
     def objective(beta: Float[Array, " size"]) -> Float[Array, ""]:
         deviation = unravel(apply_root(users.user_root, beta))
@@ -216,7 +219,7 @@ def stepped_user(
     table = Users.init(model, users=0, communities=0, strength=strength).replace(population=start)
     root = table.user_root.at[-1].set(0.0)  # the gain comes last: it is no part of a family's user
     fitted = fit_user(model, support, table.replace(user_root=root), steps=steps, learning_rate=learning_rate,
-                      first_order=first_order)  # fmt: skip
+                      first_order=first_order, eps_root=0.1)  # fmt: skip
     return jax.tree.map(jnp.add, start, fitted.mean.state)
 
 

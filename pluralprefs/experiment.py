@@ -264,7 +264,7 @@ def fit_seed(
     train = take(prepared.rows, np.flatnonzero(np.isin(cell, TRAINING)))
     validation = take(prepared.rows, np.flatnonzero(cell == "validation"))
     model = new_model(experiment, prepared.features, prepared.vocabulary, prepared.maps, seed)
-    if isinstance(model, InfersUser):
+    if isinstance(model, Residual):
         rows = take(prepared.rows, np.flatnonzero(np.isin(cell, FINAL))) if experiment.refit else train
         return _fit_inferred(experiment, prepared, model, train, validation, rows, seed, checkpoints, report)
     if not len(validation.target):

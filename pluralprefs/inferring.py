@@ -3,9 +3,9 @@
     population (Newton, out of fold) -> family, trained by episodes on top of it -> trust, by users held out
 
 A fifth of the training users is held out first. They choose the number of epochs, and then `Residual`'s scalars: how
-much of the inferred shift to trust at each number of shots, how much of what the family says of everyone, and whether
-more shots than an episode has are to be used as they are. The family is then trained again on all users for as many
-epochs. A held-out user is judged out of fold twice: the family has not seen the user, nor the population the pair.
+much of the inferred shift to trust at each number of shots, and whether more shots than an episode has are to be used
+as they are. The family is then trained again on all users for as many epochs. A held-out user is judged out of fold
+twice: the family has not seen the user, nor the population the pair.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from pluralprefs.data.episodes import episode_epoch, episode_indices
 from pluralprefs.fitting import Fitted, Rows, gathered, padded, row_log_odds, strangers, take
 from pluralprefs.models.residual import Residual
 from pluralprefs.pooling import Base, folds_by, validation_nats
-from pluralprefs.train import episode_loss, init_state, make_epoch_step, make_train_step
+from pluralprefs.train import episode_loss, episode_nats, init_state, make_epoch_step, make_train_step
 from pluralprefs.training import Report, Training
 from pluralprefs.types import Episode, Item, Params, Reduction
 from pluralprefs.users import Pooled, Users
@@ -103,14 +103,12 @@ def settled(model: Residual, family: Any, items: Item, rows: Rows) -> Residual:
 
 
 def trusted(model: Residual, items: Item, rows: Rows, notes: dict[str, Any]) -> Residual:
-    """Learn null, trust and most from the rows of users whom the family was not trained on.
+    """Learn trust and most from the rows of users whom the family was not trained on.
 
     Each is what makes the moderated predictions of the rows that were not shown lose the fewest nats; a number of shots
     that no user has is trusted as the number before it.
     """
-    null = _least(_at_prior(model, items, rows), np.zeros(len(rows.target)), rows.offset, rows, most=1.0)
-    rows = rows.replace(offset=(rows.offset + null * _at_prior(model, items, rows)).astype(np.float32))
-    open_ended = model.replace(null=jnp.zeros(()), trust=jnp.ones(len(KNOTS)).at[0].set(0.0), most=jnp.float32(1e6))
+    open_ended = model.replace(trust=jnp.ones(len(KNOTS)).at[0].set(0.0), most=jnp.float32(1e6))
     trust, last = [0.0], float(SHOTS)
     for count in KNOTS[1:-1]:
         asked = _shown(open_ended, items, rows, count, exactly=True)
@@ -128,8 +126,8 @@ def trusted(model: Residual, items: Item, rows: Rows, notes: dict[str, Any]) -> 
         notes["validation_nll_of_shots"] = {str(name): value for name, value in nats.items()}
     last = max(last, SHOTS + 1.0)
     shots = jnp.asarray([*KNOTS[:-1], last], jnp.float32)
-    notes |= {"null": null, "trust": {str(k): s for k, s in zip(KNOTS[1:-1], trust[1:], strict=True)} | {"all": at_all}}
-    return model.replace(null=jnp.float32(null), shots=shots, trust=jnp.asarray([*trust, at_all], jnp.float32),
+    notes["trust"] = {str(k): s for k, s in zip(KNOTS[1:-1], trust[1:], strict=True)} | {"all": at_all}
+    return model.replace(shots=shots, trust=jnp.asarray([*trust, at_all], jnp.float32),
                          most=jnp.float32(most))  # fmt: skip
 
 
@@ -166,26 +164,14 @@ def held_episodes(rows: Rows, counts: tuple[int, ...] = (0, 2, 8, SHOTS)) -> Epi
 
 @jax.jit
 def _episode_nats(params: Params, items: Item, episodes: Episode[Any]) -> Float[Array, ""]:
-    def one(episode: Episode[Any]) -> Array:
-        user = params.model.infer_user(gathered(items, episode.support)).mean
-
-        def nats(row: Rows) -> Array:
-            return params.likelihood(params.model.log_odds(user, row.first, row.second) + row.offset, row)
-
-        return jax.vmap(nats)(gathered(items, episode.query))
-
+    shown = Episode(*(gathered(items, part) for part in (episodes.support, episodes.query)))
+    users = jax.vmap(params.model.infer_user)(shown.support).mean
     weight = episodes.query.weight
-    return jnp.sum(weight * jax.lax.map(one, episodes, batch_size=64)) / jnp.sum(weight)
+    return jnp.sum(weight * episode_nats(params, shown, users)) / jnp.sum(weight)
 
 
 def _held_out_nats(items: Item, episodes: Episode[Any], params: Params) -> float:
     return float(_episode_nats(params, items, episodes))
-
-
-def _at_prior(model: Residual, items: Item, rows: Rows) -> np.ndarray:
-    """Log-odds of the family's prior user, [rows]."""
-    alone = model.replace(weights=jax.tree.map(jnp.zeros_like, model.weights), null=jnp.ones(()))
-    return row_log_odds(alone, prior_table(alone), items, strangers(rows))
 
 
 Asked = tuple[np.ndarray, np.ndarray, np.ndarray, Rows]  # mean and variance of the shift, log-odds without it, rows

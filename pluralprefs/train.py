@@ -186,9 +186,9 @@ def episode_loss(*, reduction: Reduction = pooled_mean, warm: float = 0.5) -> Lo
     """Make the loss of a family that infers its users, over `Params` and (episodes with a leading axis, progress).
 
     Each user is inferred from the support, drawn from the posterior where that has a covariance (whose root must be
-    diagonal), and pays the nats of the query. A family's `penalty`, given the posteriors and the query, counts in full
-    once `progress`, the share of training that is done, has come to `warm`, and in proportion before: a latent user
-    that costs too much too early is never used.
+    diagonal), and pays the nats of the query (`episode_nats`). A family's `penalty`, given the posteriors and the
+    query, counts in full once `progress`, the share of training that is done, has come to `warm`, and in proportion
+    before: a latent user that costs too much too early is never used.
     """
 
     def loss_fn(params: Params, batch: tuple[Episode[Item], Array], key: Key) -> tuple[Float[Array, ""], Metrics]:
@@ -196,7 +196,7 @@ def episode_loss(*, reduction: Reduction = pooled_mean, warm: float = 0.5) -> Lo
         drawing, rest = jax.random.split(key)
         posterior = jax.vmap(params.model.infer_user)(episode.support)
         users = _drawn(posterior, drawing)
-        nats = jax.vmap(jax.vmap(partial(_row_nats, params), (None, 0)))(users, episode.query)
+        nats = episode_nats(params, episode, users)
         flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), episode.query)
         metrics = {"nats": reduction(nats.reshape(-1), flat)}
         if isinstance(params.model, Penalised):
@@ -205,6 +205,23 @@ def episode_loss(*, reduction: Reduction = pooled_mean, warm: float = 0.5) -> Lo
         return sum(metrics.values(), start=jnp.zeros(())), metrics
 
     return loss_fn
+
+
+def episode_nats(params: Params, episode: Episode[Item], users: Any) -> Float[Array, "users queries"]:
+    """Nats of the query, given the user of each episode: log-odds are the offset plus the shift from the prior user.
+
+    The shift alone counts, as when a user is scored (`models.residual`): what a family says of everyone would be
+    learned again from rows that the population below it has learned already.
+    """
+    blank = jax.tree.map(lambda x: x[0], episode.support)
+    prior = params.model.infer_user(blank.replace(weight=jnp.zeros_like(blank.weight))).mean
+
+    def nats(user: Any, row: Comparisons[Item]) -> Float[Array, ""]:
+        log_odds = params.model.log_odds
+        shift = log_odds(user, row.first, row.second) - log_odds(prior, row.first, row.second)
+        return params.likelihood(shift + row.offset, row)
+
+    return jax.vmap(jax.vmap(nats, (None, 0)))(users, episode.query)
 
 
 def _drawn(posterior: UserPosterior, key: Key) -> Any:

@@ -22,14 +22,14 @@ from pluralprefs.types import Comparisons, Item
 DIM, ITEMS = 4, 6
 KEY = jax.random.key(0)
 small_variational = partial(Variational.init, key=KEY, dim=DIM, latent=2, width=3, hidden=(4,))
-small_meta = partial(MetaReward.init, key=KEY, dim=DIM, adapter=stepped_user, rewards=3, steps=3)
+small_meta = partial(MetaReward.init, key=KEY, dim=DIM, adapter=stepped_user, rewards=3)
 
 
 def residual() -> Residual:
     """A residual whose population, prior and trust all matter."""
     model = Residual.init(population=FAMILIES["low_rank_free"](), family=FAMILIES["neural_process"](), knots=3)
     prior = model.family.infer_user(rows(items(0), items(1), np.ones(ITEMS), np.zeros(ITEMS))).mean
-    return model.replace(weights=jnp.asarray([0.5, -1.0]), prior=prior, null=jnp.asarray(0.5), most=jnp.asarray(4.0),
+    return model.replace(weights=jnp.asarray([0.5, -1.0]), prior=prior, most=jnp.asarray(4.0),
                          trust=jnp.asarray([0.0, 0.4, 0.8]))  # fmt: skip
 
 

@@ -53,7 +53,7 @@ class NeuralProcess:
             init_mlp(keys[0], (dim, width)), init_mlp(keys[1], (2 * width + 1, width, width)),
             0.1 * jax.random.normal(keys[2], (1, width)), jax.random.normal(keys[3], (latents, width)),
             tuple(zip(blocks[:layers], blocks[layers:], strict=True)), init_mlp(keys[4], (width, width, width)),
-            init_mlp(keys[5], (width, 1)), heads,
+            jax.tree.map(lambda x: 0.1 * x, init_mlp(keys[5], (width, 1))), heads,
         )  # fmt: skip
 
     def init_user(self) -> Float[Array, "layers latents width"]:
@@ -102,7 +102,7 @@ def _block(
     key, value = (_heads(_normed(asked) @ block[name], heads) for name in "kv")
     scores = jnp.einsum("hnd,hmd->hnm", query, key) / jnp.sqrt(query.shape[-1])
     present = jnp.log(jnp.where(weight > 0, weight, 1.0))
-    scores = jnp.where(weight[None, None, :] > 0, scores + present[None, None, :], -jnp.inf)
+    scores = jnp.where(weight[None, None, :] > 0, scores + present[None, None, :], -1e30)
     seen = jnp.einsum("hnm,hmd->nhd", jax.nn.softmax(scores, axis=-1), value)
     asking = asking + seen.reshape(asking.shape) @ block["o"]
     return asking + mlp(block["mlp"], _normed(asking))

@@ -1,13 +1,13 @@
 """A population, and on top of it what shots say of a user: the form in which inferred users are fitted and scored.
 
-    l(u) = l_0 + null f(prior) + trust(n) [f(u) - f(prior)]
+    l(u) = l_0 + trust(n) [f(u) - f(prior)]
 
 l_0 are the log-odds of a population (`population` at its state `weights`), f those of a family that infers its users
 (`family`), prior the user that it infers from no shots, n the summed weight of the shots. Without shots the log-odds
-are the population's, plus what the family says of everyone as far as validation users bore it out (`null`, 0 to 1).
-`trust` is how much of the shift validation users bore out at `shots` many shots, interpolated in log(1 + n), so that a
-user who has shown something is not served worse than one who has shown nothing. More than `most` shots, the most that
-the family was trained on, count as `most` together, unless validation users said that it copes (`inferring` decides).
+are the population's. `trust` is how much of the shift validation users bore out at `shots` many shots, interpolated in
+log(1 + n), so that a user who has shown something is not served worse than one who has shown nothing. More than `most`
+shots, the most that the family was trained on, count as `most` together, unless validation users said that it copes
+(`inferring` decides).
 """
 
 from __future__ import annotations
@@ -29,16 +29,15 @@ class Residual(Replaceable):
     weights: Any
     family: Any
     prior: Any
-    null: Float[Array, ""]
     shots: Float[Array, " knots"]
     trust: Float[Array, " knots"]
     most: Float[Array, ""]
 
     @classmethod
-    def init(cls, *, population: Any, family: Any, knots: int) -> Self:
+    def init(cls, *, population: Any, family: Any, knots: int, **_: Any) -> Self:
         """The population alone: nothing that the family says is trusted yet."""
-        zero, shots = jnp.zeros(()), jnp.arange(knots, dtype=jnp.float32)
-        return cls(population, population.init_user(), family, family.init_user(), zero, shots, 0 * shots, zero)
+        shots = jnp.arange(knots, dtype=jnp.float32)
+        return cls(population, population.init_user(), family, family.init_user(), shots, 0 * shots, jnp.zeros(()))
 
     def init_user(self) -> dict[str, Any]:
         return {"state": self.family.init_user(), "trust": jnp.zeros(())}
@@ -54,9 +53,8 @@ class Residual(Replaceable):
         return UserPosterior({"state": found.mean, "trust": trust}, covariance)
 
     def reward(self, user: dict[str, Any], item: Item) -> Float[Array, ""]:
-        at_prior = self.family.reward(self.prior, item)
-        shift = self.family.reward(user["state"], item) - at_prior
-        return self.population.reward(self.weights, item) + self.null * at_prior + user["trust"] * shift
+        shift = self.family.reward(user["state"], item) - self.family.reward(self.prior, item)
+        return self.population.reward(self.weights, item) + user["trust"] * shift
 
     def log_odds(self, user: dict[str, Any], first: Item, second: Item) -> Float[Array, ""]:
         return self.reward(user, first) - self.reward(user, second)
