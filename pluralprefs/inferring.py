@@ -205,7 +205,7 @@ def _least(mean: np.ndarray, variance: np.ndarray, offset: np.ndarray, rows: Row
     def nats(factor: float) -> float:
         return validation_nats(offset + factor * mean, factor**2 * variance, rows)
 
-    found = minimize_scalar(nats, bounds=(0.0, most), method="bounded")
+    found: Any = minimize_scalar(nats, bounds=(0.0, most), method="bounded")
     return float(found.x) if found.fun < nats(0.0) else 0.0
 
 

@@ -266,7 +266,7 @@ def shared_variance(halves: Sequence[Fitted], items: Item, *, most: int = 500) -
 
 def residual_variance(mean: np.ndarray, variance: np.ndarray, rows: Rows) -> float:
     """Variance in [0, 100] to add to `variance` so that moderated predictions of the rows lose the fewest nats."""
-    found = minimize_scalar(
+    found: Any = minimize_scalar(
         lambda log_variance: validation_nats(mean, variance + np.exp(log_variance), rows), bounds=(-7.0, 4.6),
         method="bounded",
     )  # fmt: skip

@@ -193,8 +193,8 @@ def test_what_shots_say_is_not_trusted_where_it_says_nothing():
 @pytest.fixture(scope="module")
 def fitted(tmp_path_factory):
     folder = tmp_path_factory.mktemp("inferring")
-    data = write(folder / "data.jsonl", users=40, per_user=30)
-    settings = ["shots=[0,8]", "draws=2", "epochs=20", "model.width=2", "batch_size=256", "users.folds=2"]
+    data = write(folder / "data.jsonl", users=30, per_user=30)
+    settings = ["shots=[0,8]", "draws=2", "epochs=10", "model.width=2", "batch_size=256", "users.folds=2"]
     return data, fit(data, model="fast_weights", encoder="attributes", root=folder, overrides=settings, progress=False)
 
 
