@@ -342,6 +342,9 @@ def _fit_inferred(
 
     Validation rows only choose the exponent of the population's likelihood, where several are offered.
     """
+    if experiment.transform is not None:
+        raise ValueError(f"{type(model.family).__name__} is trained on episodes, which transform does not change: set "
+                         "transform to None")  # fmt: skip
     pooled, items = experiment.users, prepared.features
     if len(pooled.population_temper) > 1 and len(validation.target):
         _, chosen = tempered_population(model.population, items, train, pooled, validation)
