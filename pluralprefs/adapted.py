@@ -27,7 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 import polars as pl
 
-from pluralprefs.adapt import fit_user, laplace_user
+from pluralprefs.adapt import fit_user, infer_user, laplace_user
 from pluralprefs.adapting import adapt_one
 from pluralprefs.data.batches import Vocabulary
 from pluralprefs.data.files import DataError, shown
@@ -35,7 +35,7 @@ from pluralprefs.data.ids import content_id, map_unique
 from pluralprefs.fitting import Rows, gathered, take
 from pluralprefs.registry.files import load_arrays, save_arrays
 from pluralprefs.registry.folder import RunFolder
-from pluralprefs.types import Comparisons, Covariance, Item, UserPosterior
+from pluralprefs.types import Comparisons, Covariance, InfersUser, Item, UserPosterior
 from pluralprefs.users import Users, neutral, ravel
 
 POPULATION = "population"
@@ -176,9 +176,13 @@ def adapted(run: Adapts, table: pl.DataFrame | None, prior: str, method: str) ->
 
 
 def adapter(run: Adapts, method: str) -> Callable[..., UserPosterior]:
-    """The adapter of a name; "" is the run's own."""
+    """The adapter of a name; "" is the run's own. A family that infers its users has no other than that."""
     if method and method not in ADAPTERS:
         raise DataError(f"method {method!r}: write {' or '.join(map(repr, ADAPTERS))}")
+    if isinstance(run.model, InfersUser):
+        if method:
+            raise DataError(f"method {method!r}: {run.folder.name} infers its users from shots; leave method out")
+        return infer_user
     return ADAPTERS[method] if method else run.experiment.adapter
 
 
