@@ -18,6 +18,7 @@ another token's.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import date
@@ -110,8 +111,7 @@ class Renderer:
         without special tokens between them, as decoders read it. `vocabulary` is the number of tokens that the model
         knows: the tokenizer may know more (Gemma 3's has one for images), but a text with one of those is refused.
         """
-        from transformers import AutoTokenizer
-
+        AutoTokenizer = _tokenizers()
         files = [folder / name for name in TOKENIZER_FILES + TOKENIZER_SETTINGS if (folder / name).is_file()]
         if not any(file.name in TOKENIZER_FILES for file in files):
             raise EncoderError(f"{folder}: no tokenizer (tokenizer.json or vocab.txt); copy it beside config.json")
@@ -267,6 +267,19 @@ def pad(
         ids[row, span], segment[row, span], mask[row, span] = rendered.ids, rendered.segment, True
         prompt_end[row] = start + rendered.prompt_end
     return Tokens(ids=ids, mask=mask, segment=segment, prompt_end=prompt_end)  # pyright: ignore[reportArgumentType]
+
+
+def _tokenizers() -> Any:
+    """Transformers' AutoTokenizer, imported without its advice that PyTorch is missing: nothing here wants it."""
+    name = "TRANSFORMERS_NO_ADVISORY_WARNINGS"
+    before = os.environ.get(name)
+    os.environ[name] = before or "1"
+    try:
+        from transformers import AutoTokenizer
+    finally:
+        if before is None:
+            del os.environ[name]
+    return AutoTokenizer
 
 
 def _frame(tokenizer: Any, *segments: str) -> Frame:
