@@ -7,14 +7,16 @@ Result (2026-11-21, accuracy in % [95 % interval over users]; NLL; seeds 0 to 2 
                   seen/newprompt               unseen/newprompt, 0 shots   32 shots
 bradley_terry     72.8 [69.8, 75.2]; 0.561     55.7 [47.6, 62.4]; 0.686    64.2 [57.4, 70.4]; 0.652
 individual        69.4 [66.5, 72.2]; 0.616     50.0; 0.693                 60.9 [54.4, 67.0]; 0.699
-low_rank          63.0 [60.1, 65.9]; 0.904     54.7 [45.5, 62.7]; 0.690    59.3 [53.6, 65.0]; 0.793
+low_rank          63.0 [60.1, 65.9]; 0.835     54.7 [45.5, 62.7]; 0.690    59.3 [53.6, 65.0]; 0.761
 lore              61.3 [58.6, 64.1]; 0.694     58.9 [50.9, 65.8]; 0.677    59.5 [51.9, 66.8]; 0.712
 ideal_point       60.7 [57.8, 63.4]; 0.676     52.6 [47.8, 57.0]; 0.731    57.3 [52.2, 62.1]; 0.715
 ideal_direction   62.3 [59.6, 64.8]; 0.717     54.6 [47.6, 61.4]; 0.698    59.7 [54.2, 64.4]; 0.698
+attribute_attention (seed 0 alone; people without a community)
+                  70.6 [67.4, 73.7]; 0.599     57.4 [48.9, 64.6]; 0.681    62.9 [56.0, 69.4]; 0.682
 
 Much of it is dishes that the user had already ranked (23 % of the rows follow from the user's other rows by
 transitivity, says the leak report). Pairs of one ordering are not independent, and low_rank with a full covariance
-trusts them too much (NLL 0.835, and above zero-shot at 32); tempering was not tried here. Those of low_rank and the
+trusts them too much (NLL above zero-shot at 32); tempering was not tried here. Those of low_rank and the
 ideal points are with the variance of shared parameters (before it: ideal_point 61.2; 0.693, low_rank 0.904, 0.793) and
 --set controls=false; the others are older. bradley_terry takes a
 minute on 2 CPU cores.
