@@ -13,8 +13,8 @@ at 8. The last two, and low_rank once more on both (the same figures, mixtures s
 controls=false and the variance of shared parameters; so too these on mixtures, one fit each: bradley_terry
 seen/testpair 77.0 [74.7, 79.1]; 0.471, unseen 76.1 [73.2, 78.8]; 0.489 at 32, individual 77.0 [74.8, 79.0]; 0.471,
 75.9 [72.9, 78.9]; 0.494. Unmixed, ideal_point, seeds 0 to 2 (NaN before Newton's steps were bounded): seen/testpair
-98.3 [97.6, 98.9]; 0.224, unseen 85.3; 0.365 at 2 shots, 95.8; 0.257 at 8, 98.3 [97.0, 99.3]; 0.215 at 32. The other
-families were not run here. Intervals are over users.
+98.3 [97.6, 98.9]; 0.224, unseen 85.3; 0.365 at 2 shots, 95.8; 0.257 at 8, 98.3 [97.0, 99.3]; 0.215 at 32. Families
+that infer users were run with one seed by a script (LOG.md), the others not at all. Intervals are over users.
 """
 
 import os
