@@ -32,7 +32,7 @@ from pluralprefs.adapted import pair_ids
 from pluralprefs.adapting import gaussian_mean, joint_log_odds, user_rewards
 from pluralprefs.data.files import DataError
 from pluralprefs.fitting import Rows
-from pluralprefs.types import Item, ScalarReward
+from pluralprefs.types import InfersUser, Item, ScalarReward
 
 if TYPE_CHECKING:
     from pluralprefs.adapted import AdaptedUser
@@ -54,7 +54,9 @@ def suggest(
     if n < 1:
         raise DataError(f"n {n}: ask for one pair at least")
     if user.posterior.covariance is None and rule in ("bald", "d_optimal"):
-        raise DataError(f'rule {rule!r} needs the uncertainty that method="map" does not give: adapt with "laplace"')
+        inferred = isinstance(user.run.model, InfersUser)
+        cure = "this family gives none: choose random or eubo" if inferred else 'adapt with method="laplace", not "map"'
+        raise DataError(f"rule {rule!r} needs the uncertainty that this state lacks: {cure}")
     pairs = pl.Series("pair", pair_ids(pool), dtype=pl.Utf8)
     left = user.own(pool).filter(pairs.is_first_distinct() & ~pairs.is_in(list(user.pairs)))
     if not left.height:
