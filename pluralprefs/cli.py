@@ -35,8 +35,8 @@ app.add_typer(runs_app, name="runs")
 app.add_typer(wandb_app, name="wandb")
 
 MODELS = (
-    "bradley_terry, bradley_terry_mlp, individual, low_rank, lore, ideal_point, ideal_direction or attribute_attention; "
-    "users inferred from shots: fast_weights, variational, swap_symmetric, neural_process, meta_reward or set_pooled."
+    "bradley_terry, bradley_terry_mlp, individual, low_rank, lore, ideal_point, ideal_direction, attribute_attention; "
+    "inferred from shots: fast_weights, variational, swap_symmetric, neural_process, meta_reward, set_pooled."
 )
 Root = Annotated[Path, typer.Option("--root", help="Folder of run folders.")]
 RUNS = Path("runs")
