@@ -69,7 +69,8 @@ def worst_group_frontier(
     ax.step(best[:, 0], best[:, 1], where="pre", color=FAINT, linewidth=1.1, linestyle=(0, (4, 2)), zorder=1)
     ax.set_xlabel(f"{LABELS['accuracy']} (95 % intervals over users)")
     ax.set_ylabel(LABELS[group])
-    ax.set_title(f"{named(cell)}; dashed: no other model is better in both", loc="left", fontsize=9, color=INK)
+    title = f"{named(cell)}; dashed: no other model is better in both" if len(best) > 1 else named(cell)
+    ax.set_title(title, loc="left", fontsize=9, color=INK)
     ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), frameon=False, fontsize=8)
     return ax
 
