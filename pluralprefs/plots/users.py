@@ -78,7 +78,7 @@ def user_profile(rows: pl.DataFrame, user: str, kind: str = "preference", ax: Ax
 def profile_by_shots(
     rows: pl.DataFrame, kind: str = "preference", ax: Axes | None = None, attributes: Sequence[str] | None = None
 ) -> Axes:
-    """Draw how one user's weights move as comparisons arrive, a line with a 95 % band for each attribute.
+    """Draw how one user's weights move as comparisons arrive, a line with 95 % intervals for each attribute.
 
     `rows` are the user's profiles with a column `shots`: those of `run.profile(run.adapt(table.head(n)))` for each n,
     and of `run.profile({user: run.prior()})` for 0. Without `attributes`, the four are drawn that move most.
@@ -96,16 +96,18 @@ def profile_by_shots(
         raise ValueError(f"profile_by_shots: choose up to {len(COLOURS)} of {', '.join(moved['attribute'])}")
     ax, labels = axes(ax, (6.4, 4.0)), []
     ax.axhline(0, color=FAINT, linewidth=1)
+    aside = np.linspace(-0.12, 0.12, len(names)) if len(names) > 1 else np.zeros(1)  # bands would pile up
     for place, name in enumerate(names):
         part = shown.filter(pl.col("attribute") == name).sort("shots")
-        x, (value, low, high) = shot_position(part["shots"].to_numpy()), _value_and_interval(part)
-        ax.fill_between(x, low, high, color=COLOURS[place], alpha=0.13, linewidth=0)
+        x, (value, low, high) = shot_position(part["shots"].to_numpy()) + aside[place], _value_and_interval(part)
+        ax.vlines(x, low, high, color=COLOURS[place], linewidth=1.4)
         style = {"marker": MARKERS[place], "linestyle": DASHES[place % len(DASHES)]}
         ax.plot(x, value, color=COLOURS[place], markersize=5, linewidth=1.8, zorder=3, **style)
         labels.append((float(value[-1]), name, COLOURS[place]))
-    shot_axis(ax, shown, float(shot_position(shown["shots"].max() or 0)) + 0.15)
+    shot_axis(ax, shown, float(shot_position(shown["shots"].max() or 0)) + 0.3)
+    ax.set_xlim(left=float(shot_position(shown["shots"].min() or 0)) - 0.3)
     ax.set_ylabel(KINDS.get(kind, kind))
-    ax.set_title("one user; bands: 95 % intervals", loc="left", fontsize=9, color=INK)
+    ax.set_title("one user; bars: 95 % intervals", loc="left", fontsize=9, color=INK)
     label_ends(ax, labels)
     return ax
 
