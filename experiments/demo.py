@@ -14,6 +14,8 @@ and drawn beside the truth. --small makes the runs that the notebooks read, with
 from __future__ import annotations
 
 import argparse
+import os
+import sys
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -21,6 +23,7 @@ from dataclasses import replace
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
+from shutil import which
 
 import numpy as np
 import polars as pl
@@ -44,8 +47,8 @@ from pluralprefs.results import results_table
 from pluralprefs.run import Run, load
 from pluralprefs.users import Pooled
 
-FAMILY_NAMES = ("individual", "bradley_terry", "low_rank")
 FEW = ("bradley_terry", "low_rank")
+FAMILY_NAMES = (*FEW, "individual")  # the few first: bradley_terry has one colour in both pictures
 ON_TEXT = ("bradley_terry",)
 DRAWN = ("comedy_corner", "engineers", "listening_room")  # communities of the dot plot: more would hide each other
 SHOTS = (0, 4, 16)
@@ -223,14 +226,16 @@ def main(root: Path) -> None:
         show(title, own, bayes(*maker()), root / f"demo-{name}.png")
     console.print("\n[bold]Communities of the corpus[/bold], by the attributes of its texts", highlight=False)
     show_communities(profiled, leave_example(root), root)
+    # The environment that make made is on nobody's path.
+    program = "pluralprefs" if which("pluralprefs") else os.path.relpath(Path(sys.executable).with_name("pluralprefs"))
     console.print(f"""
 Shot curves: {root}/demo-simulated.png and {root}/demo-text.png
 Communities beside the truth: {root}/demo-communities.png and {root}/demo-profiles.png
 Next:
-  pluralprefs runs --root {root}                          what was run
-  pluralprefs data check {example}
-  pluralprefs fit {example} --model bradley_terry    or your own comparisons
-  pluralprefs score {last.folder.path} --input {example} --out scores.csv
+  {program} runs --root {root}      # what was run
+  {program} data check {example}
+  {program} fit {example} --model bradley_terry    # or your own comparisons
+  {program} score {last.folder.path} --input {example} --out scores.csv
 """, markup=False, highlight=False)  # fmt: skip
 
 
