@@ -2,8 +2,8 @@
 
     import pluralprefs as pp
     run = pp.fit("comparisons.jsonl", model="low_rank")
-    users = run.adapt(pp.read("new_users.jsonl"))
-    scores = run.score(pp.read("pairs.jsonl"), users)
+    users = run.adapt(run.read("new_users.jsonl"))
+    scores = run.score(run.read("pairs.jsonl", labelled=False), users)
 
 Names are imported on first use: `import pluralprefs` costs neither JAX nor transformers.
 """
