@@ -79,12 +79,12 @@ GAINS = {"wrong_user": "wrong_user_gain", "no_attributes": "attribute_gain"}
 
 
 def controls(predictions: pl.DataFrame, seed: int = 0, pool_seeds: bool = False, draws: int = 1000) -> pl.DataFrame:
-    """Compute metric rows of the two controls, for each model, seed, cell and number of shots that has them.
+    """Compute metric rows of the controls, for each model, seed, cell and number of shots that has them.
 
     `wrong_user_gain`: accuracy with the user's own state minus accuracy with another user's (control "wrong_user").
     `attribute_gain`: accuracy with attributes minus accuracy without them (control "no_attributes").
     `flip_rate`: share of rows whose predicted side reverses when the labels of the context are reversed (control
-    "label_flip"); a side lost to exactly 0 counts one half. Both have 95 % intervals over users.
+    "label_flip"); a side lost to exactly 0 counts one half. All have 95 % intervals over users.
     """
     scored = _scored(check_predictions(predictions))
     group = ["model", "cell", "shots"] if pool_seeds else ["model", "seed", "cell", "shots"]

@@ -1,4 +1,4 @@
-"""Predictions of a fitted model on every cell: seen users, shot curves of unseen users, and the two controls.
+"""Predictions of a fitted model on every cell: seen users, shot curves of unseen users, and the controls.
 
 A prediction is one row of one comparison: log-odds moderated by the posterior's variance, and its standard deviation.
 Every metric is computed from these rows (`metrics.summarise`), so that they are what a run keeps. Controls:
