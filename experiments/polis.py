@@ -12,11 +12,12 @@ seen/testpair 67.6 [66.4, 68.9]; 0.609, unseen/testpair 64.6; 0.618 at 0 shots t
 [-0.008, +0.008]), unseen/newprompt 66.2; 0.620 to 67.9; 0.590. But the validation rows prefer the model without it
 (0.6326 nats against 0.6350), so it is not what this file runs: choosing it would be choosing on test rows.
 
-With --set controls=false: individual (no random part) seen/testpair 65.0 [63.7, 66.3]; 0.639, unseen/testpair 60.5 [57.9,
-63.1]; 0.667 at 32 shots, unseen/newprompt 62.6 [60.0, 65.3]; 0.653. low_rank, seeds 0 to 2: seen/testpair 63.6 [62.5,
-64.7]; 0.743, unseen/testpair 64.1 [61.5, 66.7]; 0.626 at 0 shots but 62.4 [60.2, 64.5]; 0.752 at 32, unseen/newprompt
-65.7; 0.622 to 61.7; 0.708: negative, each shot makes it worse. Its full covariance trusts every pair, and pairs of one
-user's votes are not independent; no tempering was offered to it here. The other families were not run on this set.
+With --set controls=false: individual (no random part) seen/testpair 65.0 [63.7, 66.3]; 0.639, unseen/testpair 60.5
+[57.9, 63.1]; 0.667 at 32 shots, unseen/newprompt 62.6 [60.0, 65.3]; 0.653. low_rank, seeds 0 to 2: seen/testpair 63.6
+[62.5, 64.7]; 0.743, unseen/testpair 64.1 [61.5, 66.7]; 0.626 at 0 shots but 62.4 [60.2, 64.5]; 0.752 at 32,
+unseen/newprompt 65.7; 0.622 to 61.7; 0.708: negative, each shot makes it worse. Its full covariance trusts every pair,
+and pairs of one user's votes are not independent; no tempering was offered to it here. The other families were not run
+on this set.
 """
 
 import os

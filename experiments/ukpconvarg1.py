@@ -10,8 +10,9 @@ to 77.9 [75.5, 80.2]; 0.466 at 32, unseen/newprompt 75.3; 0.507 to 75.2 [70.1, 7
 
 lore, seeds 0 to 2, with --set controls=false (7 minutes): seen/testpair 74.3 [72.7, 75.7]; 0.512, seen/newprompt 66.7
 [65.2, 68.2]; 0.613, unseen/testpair 71.6; 0.542 at 0 shots to 72.3 [69.5, 75.0]; 0.539 at 32 (released LoRe, rank 5:
-71.4; 0.566, 66.0; 0.636, 70.5; 0.568). individual, with the same: seen/testpair 69.9 [66.9, 72.4]; 0.566, seen/newprompt
-62.5 [60.8, 63.9]; 0.642, unseen/testpair 61.6 [58.8, 63.9]; 0.656 at 32. The other families were not run on this set.
+71.4; 0.566, 66.0; 0.636, 70.5; 0.568). individual, with the same: seen/testpair 69.9 [66.9, 72.4]; 0.566,
+seen/newprompt 62.5 [60.8, 63.9]; 0.642, unseen/testpair 61.6 [58.8, 63.9]; 0.656 at 32. The other families were not run
+on this set.
 """
 
 import os
