@@ -71,10 +71,8 @@ def fit_inferred(
     model = model.replace(population=base, weights=table.population)
     judged = rows.replace(offset=out_of_fold(population, items, rows, pooled))
     known = np.unique(np.asarray(rows.user)[(np.asarray(rows.user) >= 0) & (np.asarray(rows.weight) > 0)])
-    held = np.array([int(u) for u in known if _hash(f"held out|{u}") % 100 < HELD_OUT], int)
-    if not len(held) and len(known) >= 2 * FEWEST:
-        held = known[:FEWEST]
-    if "user" in pooled.levels and FEWEST <= len(held) < len(known):
+    held = held_out(known)
+    if "user" in pooled.levels and len(held):
         train = partial(_train, items=items, likelihood=likelihood, reduction=reduction, optimizer=optimizer,
                         batch_size=batch_size, seed=seed, report=report)  # fmt: skip
         apart = np.isin(np.asarray(rows.user), held)
@@ -85,6 +83,14 @@ def fit_inferred(
         family, _ = train(model.family, judged, epochs=done, folder=checkpoints and checkpoints / "all")
         model = settled(model, family, items, rows)
     return _table(model, items, rows, pooled, users, communities, notes)
+
+
+def held_out(known: np.ndarray) -> np.ndarray:
+    """Users to judge by: `HELD_OUT` per cent, but at least `FEWEST`, as are left to train on; else none."""
+    held = np.array([int(u) for u in known if _hash(f"held out|{u}") % 100 < HELD_OUT], int)
+    if not FEWEST <= len(held) <= len(known) - FEWEST:
+        held = known[:FEWEST]
+    return held if len(known) >= 2 * FEWEST else known[:0]
 
 
 def out_of_fold(population: Base, items: Item, rows: Rows, pooled: Pooled) -> np.ndarray:

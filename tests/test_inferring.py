@@ -12,7 +12,7 @@ from families import DIM, FAMILIES, INFERRING, KEY, items, pick, rows
 from tables import write
 from test_parity import layers, softmax
 
-from pluralprefs.inferring import KNOTS, fit_inferred, settled, trusted
+from pluralprefs.inferring import FEWEST, KNOTS, fit_inferred, held_out, settled, trusted
 from pluralprefs.launch import fit
 from pluralprefs.likelihoods import Logistic, pooled_mean
 from pluralprefs.models.low_rank import LowRank
@@ -188,6 +188,13 @@ def test_what_shots_say_is_not_trusted_where_it_says_nothing():
     told = ((taste * (E[first] - E[second])).sum(1) > 0).astype(np.float32)
     told = trusted(settled(model, family, X, table), X, table.replace(target=told), notes)
     assert float(told.trust[-3:].min()) > 0.5
+
+
+def test_users_are_held_out_to_judge_by_unless_there_are_too_few():
+    for count in range(2 * FEWEST, 40):
+        held = held_out(np.arange(count))
+        assert FEWEST <= len(held) <= count - FEWEST
+    assert not len(held_out(np.arange(2 * FEWEST - 1)))
 
 
 @pytest.fixture(scope="module")
