@@ -199,9 +199,9 @@ def _shown(model: Residual, items: Item, rows: Rows, count: int, *, exactly: boo
     units = [np.broadcast_to(np.arange(len(part))[:, None], part.shape)[part >= 0] for part in (support, query)]
     picked = take(rows, query[query >= 0])
     alone = model.replace(weights=jax.tree.map(jnp.zeros_like, model.weights))
-    flat = lambda part: part.replace(offset=np.zeros_like(part.offset))  # noqa: E731
-    mean, variance = adapt_and_predict(alone, prior_table(alone), items, flat(take(rows, support[support >= 0])),
-                                       units[0], flat(picked), units[1])  # fmt: skip
+    asked_flat = picked.replace(offset=np.zeros_like(picked.offset))  # shots keep theirs, which are out of fold
+    mean, variance = adapt_and_predict(alone, prior_table(alone), items, take(rows, support[support >= 0]), units[0],
+                                       asked_flat, units[1])  # fmt: skip
     return mean, variance, np.asarray(picked.offset, float), picked
 
 

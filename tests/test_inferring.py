@@ -132,9 +132,10 @@ def test_a_set_pooled_user_is_a_shrunken_mean_of_pair_embeddings():
 
 
 def test_meta_training_differentiates_through_the_steps_and_first_order_does_not():
+    narrow = INFERRING["meta_reward"]()  # shared with other tests: drawn in their precision
     with jax.enable_x64():
         wide = partial(jax.tree.map, lambda x: jnp.asarray(x, jnp.float64) if x.dtype == np.float32 else x)
-        model, shots = wide(INFERRING["meta_reward"]()), wide(SHOTS)
+        model, shots = wide(narrow), wide(SHOTS)
 
         def loss(kernel, first_order):
             settings = dict(model.settings) | {"first_order": first_order, "steps": 2}
@@ -169,6 +170,15 @@ def test_a_residual_is_the_population_plus_the_shift_as_far_as_it_is_trusted():
     many = model.infer_user(support.replace(weight=10 * support.weight)).mean["state"]  # forty count as four
     np.testing.assert_allclose(many, model.infer_user(support).mean["state"], rtol=1e-4)
     assert np.abs(many - model.family.infer_user(support.replace(weight=10 * support.weight)).mean).max() > 1e-3
+
+
+def test_shots_are_read_on_top_of_the_population_when_scored_as_when_trained():
+    """An episode's shots bring the population's log-odds (out of fold); those of a new user come without."""
+    model = INFERRING["residual"]().replace(family=INFERRING["meta_reward"](), most=jnp.asarray(100.0))
+    known = jax.vmap(partial(model.population.log_odds, model.weights))(SHOTS.first, SHOTS.second)
+    trained = model.family.infer_user(SHOTS.replace(offset=known)).mean
+    np.testing.assert_allclose(model.infer_user(SHOTS).mean["state"], trained, rtol=1e-4, atol=1e-5)
+    assert np.abs(trained - model.family.infer_user(SHOTS).mean).max() > 0.01
 
 
 def test_what_shots_say_is_not_trusted_where_it_says_nothing():

@@ -7,13 +7,15 @@ l_0 are the log-odds of a population (`population` at its state `weights`), f th
 are the population's. `trust` is how much of the shift validation users bore out at `shots` many shots, interpolated in
 log(1 + n), so that a user who has shown something is not served worse than one who has shown nothing. More than `most`
 shots, the most that the family was trained on, count as `most` together, unless validation users said that it copes
-(`inferring` decides).
+(`inferring` decides). The family reads shots with l_0 added to their `offset`, as it was trained.
 """
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, Self
 
+import jax
 import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Float
@@ -46,7 +48,9 @@ class Residual(Replaceable):
         """The family's user of these shots, and its trust; the prior, without trust, where there are none."""
         total = jnp.sum(support.weight)
         most = jnp.maximum(self.most, 1e-6)
-        used = support.replace(weight=support.weight * most / jnp.maximum(total, most))
+        known = jax.vmap(partial(self.population.log_odds, self.weights))(support.first, support.second)
+        weight = support.weight * most / jnp.maximum(total, most)
+        used = support.replace(offset=support.offset + known, weight=weight)
         found = self.family.infer_user(used)
         trust = jnp.interp(jnp.log1p(total), jnp.log1p(self.shots), self.trust)
         covariance = None if found.covariance is None else widened(found.covariance)
