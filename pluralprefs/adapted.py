@@ -87,10 +87,13 @@ class AdaptedUser:
     def update(self, more: pl.DataFrame) -> AdaptedUser:
         """The user after more comparisons (of this user, or of none). An id that is there already counts again.
 
-        A row of weight 0 is kept and says nothing. Raises DataError for comparisons of somebody else.
+        Who has no name takes that of the comparisons. A row of weight 0 is kept and says nothing. Raises DataError for
+        comparisons of somebody else.
         """
+        if not self.name and (name := one_name(more)):
+            return replace(self, name=name).update(more)
         strangers = more.filter(pl.col("user_id").is_not_null() & (pl.col("user_id") != self.name))
-        if self.name and strangers.height:
+        if strangers.height:
             raise DataError(f"the comparisons are of user {shown(strangers['user_id'][0])}, not of "
                             f"{shown(self.name)}: give each user their own")  # fmt: skip
         if not more.height:
@@ -167,12 +170,18 @@ def adapted(run: Adapts, table: pl.DataFrame | None, prior: str, method: str) ->
     if prior != POPULATION and community not in run.vocabulary.communities:
         known = ", ".join(run.vocabulary.communities) or "none"
         raise DataError(f"prior {prior!r}: the run's communities are: {known}")
-    names = [] if table is None else table["user_id"].drop_nulls().unique(maintain_order=True).to_list()
+    name = "" if table is None else one_name(table)
+    user = AdaptedUser(run, name, prior, method, start(run, method))
+    return user if table is None else user.update(table)
+
+
+def one_name(table: pl.DataFrame) -> str:
+    """The one user whom a table names, "" where it names none. Raises DataError where it names several."""
+    names = table["user_id"].drop_nulls().unique(maintain_order=True).to_list()
     if len(names) > 1:
         raise DataError(f"the comparisons are of {len(names)} users, such as {shown(names[0])} and {shown(names[1])}: "
                         "leave prior out to adapt each of them")  # fmt: skip
-    user = AdaptedUser(run, names[0] if names else "", prior, method, start(run, method))
-    return user if table is None else user.update(table)
+    return names[0] if names else ""
 
 
 def adapter(run: Adapts, method: str) -> Callable[..., UserPosterior]:

@@ -20,7 +20,7 @@ What no level explains of a row (`Users.residual`) blurs an answer and is not le
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import polars as pl
@@ -53,16 +53,17 @@ def suggest(
         raise DataError(f"rule {rule!r}: write {', '.join(RULES)}")
     if n < 1:
         raise DataError(f"n {n}: ask for one pair at least")
-    if user.posterior.covariance is None and rule in ("bald", "d_optimal"):
-        inferred = isinstance(user.run.model, InfersUser)
-        cure = "this family gives none: choose random or eubo" if inferred else 'adapt with method="laplace", not "map"'
-        raise DataError(f"rule {rule!r} needs the uncertainty that this state lacks: {cure}")
+    unsure, run = rule in ("bald", "d_optimal"), user.run
+    if unsure and isinstance(run.model, InfersUser) and _certain(user):
+        raise DataError(f'rule {rule!r} needs uncertainty, and of this user the run, which infers users, states none: '
+                        'choose "random"')  # fmt: skip
+    if unsure and user.posterior.covariance is None:
+        raise DataError(f'rule {rule!r} needs the uncertainty that method="map" does not give: adapt with "laplace"')
     pairs = pl.Series("pair", pair_ids(pool), dtype=pl.Utf8)
     left = user.own(pool).filter(pairs.is_first_distinct() & ~pairs.is_in(list(user.pairs)))
     if not left.height:
         return left.with_columns(**{name: pl.lit(0.0) for name in ("gain", "probability", "log_odds", "log_odds_std")})
-    items, rows = user.run.arrays(left)
-    run = user.run
+    items, rows = run.arrays(left)
     joint = joint_log_odds(run.model, run.users, items, user.posterior, rows)
     residual = float(run.users.residual)
     level = _utility(user, items, rows, left) if rule == "eubo" else np.zeros(left.height)
@@ -129,6 +130,12 @@ def _entropy(p: np.ndarray) -> np.ndarray:
 
 def _slope(x: np.ndarray) -> np.ndarray:
     return expit(x) * expit(-x)
+
+
+def _certain(user: AdaptedUser) -> bool:
+    """Whether an inferred user has no uncertainty: the family states none, or the user's shots are not trusted."""
+    covariance: Any = user.posterior.covariance
+    return covariance is None or not np.any(covariance.root) or not float(user.posterior.mean.state["trust"])
 
 
 def _utility(user: AdaptedUser, items: Item, rows: Rows, table: pl.DataFrame) -> Float[np.ndarray, " rows"]:

@@ -30,7 +30,7 @@ from pluralprefs.adapting import joint_log_odds
 from pluralprefs.data.files import DataError
 from pluralprefs.data.ids import MESSAGES, content_ids
 from pluralprefs.fitting import Rows
-from pluralprefs.types import Comparisons, Item, ScalarReward
+from pluralprefs.types import Comparisons, InfersUser, Item, ScalarReward
 from pluralprefs.users import gather
 
 if TYPE_CHECKING:
@@ -88,6 +88,8 @@ def responses_table(prompt: Any, responses: Any) -> pl.DataFrame:
             ) from None
     if "response" not in responses.columns or not responses.height:
         raise DataError("responses: give one response at least, as texts or in a column response")
+    if responses["response"].dtype.base_type() not in (pl.Utf8, pl.List):
+        raise DataError(f"responses: are {responses['response'].dtype}, not texts or message lists: write them as text")
     if responses["response"].null_count():
         raise DataError("responses: one of them is null; leave it out")
     dtype = pl.Utf8 if isinstance(prompt, str) else MESSAGES
@@ -125,8 +127,12 @@ def against_average(run: Adapts, items: Item, count: int, user: AdaptedUser) -> 
 def neighbours(user: AdaptedUser, count: int, *, angle: float = 30.0, seed: int = 0) -> Any:
     """Draw user states, stacked [count, ...], in directions at most `angle` degrees from the user's own.
 
-    Angles are uniform and lengths the state's own. Raises DataError for a user without a direction (a state of zeros).
+    Angles are uniform and lengths the state's own. Raises DataError for a user without a direction: a state of
+    zeros, or one that is inferred from shots (latents beside how far they are trusted).
     """
+    if isinstance(user.run.model, InfersUser):
+        raise DataError("consensus turns a user's weights, and the state of an inferred user is no such direction: "
+                        "choose by lower_bound")  # fmt: skip
     base, _ = gather(user.run.users, jnp.asarray(user.community), jnp.asarray(-1))
     state, unravel = ravel_pytree(jax.tree.map(jnp.add, base, user.posterior.mean.state))
     length = float(jnp.linalg.norm(state))

@@ -155,6 +155,9 @@ def test_comparisons_of_several_users_are_not_one_user(small_run, said):
     two = pl.concat([said, said.with_columns(user_id=pl.lit("other"), example_id="other " + pl.col("example_id"))])
     with pytest.raises(DataError, match="of 2 users"):
         small_run.adapt(two, prior="population")
+    with pytest.raises(DataError, match="of 2 users"):
+        small_run.adapt(prior="population").update(two)
+    assert small_run.adapt(prior="population").update(said).name == said["user_id"][0]
     with pytest.raises(DataError, match="'other', not of"):
         small_run.adapt(said, prior="population").update(two)
 

@@ -117,6 +117,7 @@ def test_what_cannot_be_chosen_is_said(table, given):
         ((["a"], {"rule": "best"}), "write mean, lower_bound, consensus"), (([], {}), "one response at least"),
         ((given, {"rule": "consensus"}), "nothing is known of this user yet"), ((["a", 2], {}), "give texts"),
         ((given.with_columns(response=pl.lit(None, pl.Utf8)), {}), "one of them is null"),
+        ((given.with_columns(response=pl.lit(3)), {}), "write them as text"),
     ):  # fmt: skip
         with pytest.raises(DataError, match=message):
             choose(user, "Which?", arguments[0], **arguments[1])

@@ -12,6 +12,9 @@ from families import DIM, FAMILIES, INFERRING, KEY, items, pick, rows
 from tables import write
 from test_parity import layers, softmax
 
+from pluralprefs.asking import suggest
+from pluralprefs.choosing import neighbours
+from pluralprefs.data.files import DataError
 from pluralprefs.inferring import FEWEST, KNOTS, fit_inferred, held_out, settled, trusted
 from pluralprefs.launch import fit
 from pluralprefs.likelihoods import Logistic, pooled_mean
@@ -252,6 +255,17 @@ def test_a_seen_user_is_inferred_from_the_training_rows(fitted):
     trained = np.asarray(run.rows.user) == 0
     again = run.adapt(mine.filter(pl.Series(_is_trained(run, mine, trained))))
     np.testing.assert_allclose(run.score(mine, again)["log_odds"], scores["log_odds"], rtol=1e-3, atol=1e-4)
+
+
+def test_questions_that_need_uncertainty_are_refused_at_once_where_users_are_inferred_without(fitted):
+    data, run = fitted
+    user, pool = run.adapt(prior="population"), run.read(data).head(6)
+    for person in (user, user.update(pool.head(3).with_columns(user_id=pl.lit(None, pl.Utf8)))):
+        with pytest.raises(DataError, match='infers users, states none: choose "random"'):
+            suggest(person, pool, 1)
+        assert suggest(person, pool, 1, rule="random").height == 1
+        with pytest.raises(DataError, match="is no such direction"):
+            neighbours(person, 4)
 
 
 def _is_trained(run, table, trained):
