@@ -29,12 +29,14 @@ from pluralprefs.users import neutral, ravel
 if TYPE_CHECKING:
     from pluralprefs.run import Run
 
+SAID = ("user_id", "example_id", "prompt_id", "first_id", "second_id", "target", "weight")  # what a state follows from
+
 
 def write_shards(run: Run, tables: Iterable[pl.DataFrame], folder: str | Path, *, method: str = "") -> Iterator[Path]:
     """Adapt the users of one table after the other and yield the file of each, `users-00000.safetensors` and so on.
 
-    Raises DataError where a user occurs in two tables, or a shard is there that is of other users, another method or
-    another model.
+    Raises DataError where a user occurs in two tables, or a shard is there that is of other users or comparisons,
+    another method or another model.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -49,10 +51,14 @@ def write_shards(run: Run, tables: Iterable[pl.DataFrame], folder: str | Path, *
                 f"user {shown(again)} is in table {number} and in an earlier one: keep a user's rows in one"
             )
         seen.update(hashes)
-        digest = str(stable_hash(f"{method}|{run.fingerprint}|{table.height}|" + "|".join(map(str, sorted(hashes)))))
+        columns = (*SAID, run.experiment.community)
+        said = table.select(name for name in dict.fromkeys(columns) if name in table.columns).sort(pl.all())
+        digest = str(stable_hash(f"{method}|{run.fingerprint}|{said.write_csv()}"))
         if path.exists():
             if load_arrays(path)[1].get("digest") != digest:
-                raise DataError(f"{path}: is of other users, another method or another model: choose an empty folder")
+                raise DataError(
+                    f"{path}: is of other users or comparisons, another method or another model: choose an empty folder"
+                )
         else:
             _write(run, table, path, method, digest)
         yield path
