@@ -190,7 +190,7 @@ def adapter(run: Adapts, method: str) -> Callable[..., UserPosterior]:
         raise DataError(f"method {method!r}: write {' or '.join(map(repr, ADAPTERS))}")
     if isinstance(run.model, InfersUser):
         if method:
-            raise DataError(f"method {method!r}: {run.folder.name} infers its users from shots; leave method out")
+            raise DataError(f"method {method!r}: {run.folder.name} infers users, its only method: leave it out")
         return infer_user
     return ADAPTERS[method] if method else run.experiment.adapter
 

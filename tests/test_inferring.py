@@ -260,6 +260,8 @@ def test_a_seen_user_is_inferred_from_the_training_rows(fitted):
 def test_questions_that_need_uncertainty_are_refused_at_once_where_users_are_inferred_without(fitted):
     data, run = fitted
     user, pool = run.adapt(prior="population"), run.read(data).head(6)
+    with pytest.raises(DataError, match="its only method"):
+        run.adapt(prior="population", method="map")
     for person in (user, user.update(pool.head(3).with_columns(user_id=pl.lit(None, pl.Utf8)))):
         with pytest.raises(DataError, match='infers users, states none: choose "random"'):
             suggest(person, pool, 1)
