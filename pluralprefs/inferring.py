@@ -34,6 +34,7 @@ from pluralprefs.users import Pooled, Users
 
 SHOTS = 32  # of an episode, at most
 KNOTS = (0, 1, 2, 4, 8, 16, 32, 64)  # numbers of shots at which trust is learned; the last stands for all there are
+MANY = 512  # shots that are tried where users have more than an episode shows
 DRAWS = 5  # of shots for each held-out user
 HELD_OUT = 20  # per cent of the training users
 FEWEST = 2  # users to judge by; where there are fewer nothing is trusted
@@ -117,18 +118,19 @@ def trusted(model: Residual, items: Item, rows: Rows, notes: dict[str, Any]) -> 
     open_ended = model.replace(trust=jnp.ones(len(KNOTS)).at[0].set(0.0), most=jnp.float32(1e6))
     trust, last = [0.0], float(SHOTS)
     for count in KNOTS[1:-1]:
-        asked = _shown(open_ended, items, rows, count, exactly=True)
+        asked = _shown(open_ended, items, rows, count, least=count)
         trust.append(_least(*asked) if len(asked[0]) else trust[-1])
-    many = int(np.unique(np.asarray(rows.user), return_counts=True)[1].max())
+    many = min(int(np.unique(np.asarray(rows.user), return_counts=True)[1].max()), MANY)
     most, at_all = float(SHOTS), trust[-1]
-    if many * 3 // 4 > SHOTS:
-        everything = _shown(open_ended, items, rows, many, exactly=False)
-        capped = _shown(open_ended.replace(most=jnp.float32(SHOTS)), items, rows, many, exactly=False)
-        whole = _least(*everything)
-        nats = {name: validation_nats(part[2] + s * part[0], s**2 * part[1], part[3])
-                for name, part, s in (("all", everything, whole), (SHOTS, capped, trust[-1]))}  # fmt: skip
-        if nats["all"] < nats[SHOTS]:
-            most, at_all, last = 1e6, whole, many * 0.75
+    if many * 3 // 4 > SHOTS:  # of users who have more than an episode shows
+        arms = {"all": 1e6, SHOTS: float(SHOTS)}
+        shown = {name: _shown(open_ended.replace(most=jnp.float32(cap)), items, rows, many, least=SHOTS + 1)
+                 for name, cap in arms.items()}  # fmt: skip
+        factor = {name: _least(*part) for name, part in shown.items()}
+        nats = {name: validation_nats(part[2] + factor[name] * part[0], factor[name] ** 2 * part[1], part[3])
+                for name, part in shown.items()}  # fmt: skip
+        best = min(nats, key=nats.__getitem__)
+        most, at_all, last = arms[best], factor[best], many * 0.75
         notes["validation_nll_of_shots"] = {str(name): value for name, value in nats.items()}
     last = max(last, SHOTS + 1.0)
     shots = jnp.asarray([*KNOTS[:-1], last], jnp.float32)
@@ -183,16 +185,16 @@ def _held_out_nats(items: Item, episodes: Episode[Any], params: Params) -> float
 Asked = tuple[np.ndarray, np.ndarray, np.ndarray, Rows]  # mean and variance of the shift, log-odds without it, rows
 
 
-def _shown(model: Residual, items: Item, rows: Rows, count: int, *, exactly: bool) -> Asked:
-    """Infer the users of `rows` from `count` shots (or as many as they have), and ask about the others, `DRAWS` times.
+def _shown(model: Residual, items: Item, rows: Rows, count: int, *, least: int) -> Asked:
+    """Infer the users of `rows` from `count` shots, or as many as they have, and ask about the others, `DRAWS` times.
 
-    With `exactly` users who have fewer are left out.
+    Users who have fewer than `least` to show are left out.
     """
     given, asked = [], []
     for draw in range(DRAWS):
         lines = episode_indices(np.random.default_rng(draw), rows, max(count, SHOTS), SHOTS, exactly=True)
         shown, query = lines[0][:, :count], lines[1]
-        enough = (shown >= 0).sum(1) >= (count if exactly else 1)
+        enough = (shown >= 0).sum(1) >= least
         given.append(shown[enough])
         asked.append(query[enough])
     support, query = np.concatenate(given), np.concatenate(asked)

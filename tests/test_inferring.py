@@ -170,6 +170,8 @@ def test_a_residual_is_the_population_plus_the_shift_as_far_as_it_is_trusted():
     assert float(model.log_odds(found, a, b)) == pytest.approx(base + 0.8 * shift, rel=1e-4)
     one = model.infer_user(support.replace(weight=jnp.asarray([1.0, 0, 0, 0]))).mean
     assert float(one["trust"]) == pytest.approx(0.4)
+    half = model.infer_user(support.replace(weight=jnp.asarray([0.5, 0, 0, 0]))).mean
+    assert float(half["trust"]) == pytest.approx(0.4)  # a shot of any weight is a shot, as where trust was learned
     many = model.infer_user(support.replace(weight=10 * support.weight)).mean["state"]  # forty count as four
     np.testing.assert_allclose(many, model.infer_user(support).mean["state"], rtol=1e-4)
     assert np.abs(many - model.family.infer_user(support.replace(weight=10 * support.weight)).mean).max() > 1e-3

@@ -3,11 +3,12 @@
     l(u) = l_0 + trust(n) [f(u) - f(prior)]
 
 l_0 are the log-odds of a population (`population` at its state `weights`), f those of a family that infers its users
-(`family`), prior the user that it infers from no shots, n the summed weight of the shots. Without shots the log-odds
-are the population's. `trust` is how much of the shift validation users bore out at `shots` many shots, interpolated in
-log(1 + n), so that a user who has shown something is not served worse than one who has shown nothing. More than `most`
-shots, the most that the family was trained on, count as `most` together, unless validation users said that it copes
-(`inferring` decides). The family reads shots with l_0 added to their `offset`, as it was trained.
+(`family`), prior the user that it infers from no shots, n the number of shots whose weight is not 0. Without shots the
+log-odds are the population's. `trust` is how much of the shift validation users bore out at `shots` many shots,
+interpolated in log(1 + n), so that a user who has shown something is not served worse than one who has shown nothing.
+A weight of more than `most` together, the most that the family was trained on, counts as `most`, unless validation
+users said that it copes (`inferring` decides). The family reads shots with l_0 added to their `offset`, as it was
+trained.
 """
 
 from __future__ import annotations
@@ -46,13 +47,13 @@ class Residual(Replaceable):
 
     def infer_user(self, support: Comparisons[Item]) -> UserPosterior:
         """The family's user of these shots, and its trust; the prior, without trust, where there are none."""
-        total = jnp.sum(support.weight)
-        most = jnp.maximum(self.most, 1e-6)
+        total, most = jnp.sum(support.weight), jnp.maximum(self.most, 1e-6)
         known = jax.vmap(partial(self.population.log_odds, self.weights))(support.first, support.second)
         weight = support.weight * most / jnp.maximum(total, most)
         used = support.replace(offset=support.offset + known, weight=weight)
         found = self.family.infer_user(used)
-        trust = jnp.interp(jnp.log1p(total), jnp.log1p(self.shots), self.trust)
+        count = jnp.sum(support.weight > 0)  # as trust was learned, whatever the weights
+        trust = jnp.interp(jnp.log1p(count), jnp.log1p(self.shots), self.trust)
         covariance = None if found.covariance is None else widened(found.covariance)
         return UserPosterior({"state": found.mean, "trust": trust}, covariance)
 
