@@ -170,6 +170,9 @@ def adapted(run: Adapts, table: pl.DataFrame | None, prior: str, method: str) ->
     if prior != POPULATION and community not in run.vocabulary.communities:
         known = ", ".join(run.vocabulary.communities) or "none"
         raise DataError(f"prior {prior!r}: the run's communities are: {known}")
+    if prior != POPULATION and not np.asarray(run.users.community_root).any():
+        raise DataError(f"prior {prior!r}: {run.folder.name} fitted no communities (users.levels), they are its "
+                        'population: write "population"')  # fmt: skip
     name = "" if table is None else one_name(table)
     user = AdaptedUser(run, name, prior, method, start(run, method))
     return user if table is None else user.update(table)

@@ -1,5 +1,7 @@
 """One user: any order is all at once, what is forgotten is gone, a file is whole or refused."""
 
+from dataclasses import replace
+
 import jax
 import numpy as np
 import polars as pl
@@ -149,6 +151,12 @@ def test_a_user_departs_from_the_community_of_the_row_and_else_from_its_own(smal
 def test_a_prior_or_a_method_that_is_not_there_is_said(small_run, arguments, message):
     with pytest.raises(DataError, match=message):
         small_run.adapt(**arguments)
+
+
+def test_communities_that_were_not_fitted_are_no_prior(small_run):
+    table = small_run.users.replace(community_root=0 * small_run.users.community_root)
+    with pytest.raises(DataError, match="fitted no communities"):
+        replace(small_run, users=table).adapt(prior="community:a")
 
 
 def test_comparisons_of_several_users_are_not_one_user(small_run, said):
