@@ -43,7 +43,7 @@ from pluralprefs.fitting import (
 )
 from pluralprefs.newton import Judgements
 from pluralprefs.types import Comparisons, InfersUser, Item, LinearInUser, UserPosterior
-from pluralprefs.users import Deviation, Users, gather, ravel
+from pluralprefs.users import Deviation, Users, gather, neutral, ravel
 
 _NODES, _MASSES = np.polynomial.hermite_e.hermegauss(32)
 _MASSES = _MASSES / _MASSES.sum()  # quadrature of a standard normal
@@ -284,25 +284,31 @@ def _gained(model: Any, users: Users, items: Item, base: Any, posterior: UserPos
     return jax.vmap(one)(items)
 
 
-def mean_rewards(model: Any, users: Users, items: Item, rows: Rows, states: list[Any]) -> tuple[np.ndarray, np.ndarray]:
-    """Rewards of both sides of each row under the mean user: the table's, moved by `states` where one is given."""
-    zero = jax.tree.map(np.zeros_like, model.init_user())
-    stacked = jax.tree.map(lambda *x: np.stack(x), *(zero if state is None else state for state in states))
-    own = np.array([state is None for state in states])
+def mean_rewards(
+    model: Any, users: Users, items: Item, rows: Rows, given: list[Deviation | None]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Rewards of both sides of each row under the mean user: the table's, or the deviation given for the row.
+
+    Their difference are the log-odds, the user's care (gain) included.
+    """
+    zero = jax.tree.map(np.asarray, neutral(model))
+    stacked = jax.tree.map(lambda *x: np.stack(x), *(zero if one is None else one for one in given))
+    own = np.array([one is None for one in given])
     rows = rows.replace(user=np.where(own, rows.user, -1))
     first, second = _rewards(model, users, items, rows, stacked)
     return np.asarray(first, np.float64), np.asarray(second, np.float64)
 
 
 @jax.jit
-def _rewards(model: Any, users: Users, items: Item, rows: Rows, states: Any) -> tuple[Array, Array]:
-    def one(row: Rows, state: Any) -> tuple[Array, Array]:
-        base, deviation = gather(users, row.community, row.user)
-        user = jax.tree.map(lambda a, b, c: a + b + c, base, deviation.state, state)
+def _rewards(model: Any, users: Users, items: Item, rows: Rows, given: Deviation) -> tuple[Array, Array]:
+    def one(row: Rows, given: Deviation) -> tuple[Array, Array]:
+        base, own = gather(users, row.community, row.user)
+        moved = jax.tree.map(lambda a, b, c: a + b + c, base, own.state, given.state)
 
         def reward(index: Any) -> Array:
-            return users.scale * model.reward(user, jax.tree.map(lambda x: x[index], items))
+            item = jax.tree.map(lambda x: x[index], items)
+            return users.scale * ((own.gain + given.gain) * model.reward(base, item) + model.reward(moved, item))
 
         return reward(row.first), reward(row.second)
 
-    return jax.lax.map(lambda pair: one(*pair), (rows, states), batch_size=4096)
+    return jax.lax.map(lambda pair: one(*pair), (rows, given), batch_size=4096)

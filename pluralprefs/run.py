@@ -426,8 +426,8 @@ class Run:
         if not isinstance(self.model, ScalarReward):
             none = pl.Series([None] * len(names), dtype=pl.Float64)
             return {"reward_first": none, "reward_second": none}
-        states = [users[name].mean.state if name in users else None for name in names]
-        first, second = mean_rewards(self.model, self.users, items, rows, states)
+        given = [users[name].mean if name in users else None for name in names]
+        first, second = mean_rewards(self.model, self.users, items, rows, given)
         return {"reward_first": pl.Series(first), "reward_second": pl.Series(second)}
 
 

@@ -153,6 +153,13 @@ def test_a_prior_or_a_method_that_is_not_there_is_said(small_run, arguments, mes
         small_run.adapt(**arguments)
 
 
+def test_rewards_differ_by_the_log_odds_for_careful_users_too(small_run, said):
+    user = small_run.adapt(said, prior="community:a")
+    assert abs(float(user.posterior.mean.gain)) > 1e-3
+    found = small_run.score(said, user=user)
+    np.testing.assert_allclose(found["reward_first"] - found["reward_second"], found["log_odds"], atol=1e-5)
+
+
 def test_communities_that_were_not_fitted_are_no_prior(small_run):
     table = small_run.users.replace(community_root=0 * small_run.users.community_root)
     with pytest.raises(DataError, match="fitted no communities"):
