@@ -364,6 +364,7 @@ def test_the_scale_of_a_base_fitted_to_a_crowd_is_found():
     np.testing.assert_allclose(root.max(), 0.8, rtol=0.05)
 
 
+@pytest.mark.slow
 def test_a_sample_of_users_teaches_the_strength_of_all(monkeypatch):
     """Every user is still solved, and the strength is near the one that all users give."""
     draw = np.random.default_rng(8)
@@ -389,6 +390,7 @@ def test_a_sample_of_users_teaches_the_strength_of_all(monkeypatch):
     assert np.corrcoef(found, expected)[0, 1] > 0.99
 
 
+@pytest.mark.slow
 def test_residual_variance_is_what_predictions_without_it_lack():
     """Rows with an effect of their own, variance 4, that no level explains."""
     draw = np.random.default_rng(9)

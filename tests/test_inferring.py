@@ -159,21 +159,22 @@ def test_meta_training_differentiates_through_the_steps_and_first_order_does_not
 
 def test_a_residual_is_the_population_plus_the_shift_as_far_as_it_is_trusted():
     model, support = INFERRING["residual"](), SHOTS
+    infer = jax.jit(lambda shots: model.infer_user(shots).mean)
     a, b = pick(X, 0), pick(X, 3)
     base = float(model.population.log_odds(model.weights, a, b))
     at_prior = float(model.family.log_odds(model.prior, a, b))
-    nothing = model.infer_user(support.replace(weight=jnp.zeros(4))).mean
+    nothing = infer(support.replace(weight=jnp.zeros(4)))
     assert float(model.log_odds(nothing, a, b)) == pytest.approx(base, rel=1e-4)
-    found = model.infer_user(support).mean  # four shots, and trust is known for up to two
+    found = infer(support)  # four shots, and trust is known for up to two
     assert float(found["trust"]) == pytest.approx(0.8)
     shift = float(model.family.log_odds(model.family.infer_user(support).mean, a, b)) - at_prior
     assert float(model.log_odds(found, a, b)) == pytest.approx(base + 0.8 * shift, rel=1e-4)
-    one = model.infer_user(support.replace(weight=jnp.asarray([1.0, 0, 0, 0]))).mean
+    one = infer(support.replace(weight=jnp.asarray([1.0, 0, 0, 0])))
     assert float(one["trust"]) == pytest.approx(0.4)
-    half = model.infer_user(support.replace(weight=jnp.asarray([0.5, 0, 0, 0]))).mean
+    half = infer(support.replace(weight=jnp.asarray([0.5, 0, 0, 0])))
     assert float(half["trust"]) == pytest.approx(0.4)  # a shot of any weight is a shot, as where trust was learned
-    many = model.infer_user(support.replace(weight=10 * support.weight)).mean["state"]  # forty count as four
-    np.testing.assert_allclose(many, model.infer_user(support).mean["state"], rtol=1e-4)
+    many = infer(support.replace(weight=10 * support.weight))["state"]  # forty count as four
+    np.testing.assert_allclose(many, infer(support)["state"], rtol=1e-4)
     assert np.abs(many - model.family.infer_user(support.replace(weight=10 * support.weight)).mean).max() > 1e-3
 
 

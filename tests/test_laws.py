@@ -13,9 +13,16 @@ from pluralprefs.train import episode_loss
 from pluralprefs.types import Episode, InfersUser, Params, ScalarReward
 from pluralprefs.users import Users, gather, log_odds, ravel
 
+VARIANTS = ("bradley_terry_mlp", "low_rank_mlp", "pal_a_squared", "prefpalette")  # of families that are there too
+
 
 @pytest.fixture(params=FAMILIES, ids=str)
 def model(request):
+    return FAMILIES[request.param]()
+
+
+@pytest.fixture(params=[pytest.param(n, marks=pytest.mark.slow) if n in VARIANTS else n for n in FAMILIES], ids=str)
+def adapting(request):
     return FAMILIES[request.param]()
 
 
@@ -78,7 +85,8 @@ def test_relabelling_users_permutes_results(model):
 
 
 @pytest.mark.parametrize("adapter", [fit_user, laplace_user], ids=["map", "laplace"])
-def test_adapting_obeys_the_prior_the_weights_and_no_order(model, adapter):
+def test_adapting_obeys_the_prior_the_weights_and_no_order(adapting, adapter):
+    model = adapting
     if isinstance(model, InfersUser) and not (isinstance(model, MetaReward) and adapter is fit_user):
         pytest.skip("adapted by inference alone")
     adapter = jax.jit(adapter)

@@ -134,6 +134,7 @@ def judgements(count=240):
     return pl.DataFrame(rows, schema=columns, orient="row")
 
 
+@pytest.mark.slow
 def test_a_run_keeps_its_predictors_scores_new_texts_and_profiles_users(folder, monkeypatch):
     data = folder / "data.parquet"
     judgements().write_parquet(data)
