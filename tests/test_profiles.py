@@ -150,6 +150,7 @@ def test_collinear_attributes_share_their_slope():
     assert found[0] == pytest.approx(found[1], rel=1e-2)
 
 
+@pytest.mark.slow
 def test_a_user_has_a_profile_as_wide_as_what_is_known(monkeypatch):
     fitted, x = fitted_and_items()
     fitted.users = fitted.users.replace(user_root=jnp.full(7, 0.5))
@@ -209,6 +210,7 @@ def test_ablation_is_the_rise_in_nats_when_the_attribute_is_masked():
     np.testing.assert_allclose(of(found, "", "ablation"), expected, atol=2e-5)
 
 
+@pytest.mark.slow
 def test_comparisons_of_unknown_users_are_each_somebody_else():
     fitted, x = fitted_and_items()
     unknown = fitted.rows.replace(user=np.full_like(fitted.rows.user, -1))
