@@ -18,7 +18,7 @@ Result (2026-11-21, 2 CPU cores under heavy load, 2 to 5 minutes a line). Points
     ideal_point, 300 users     16 random 84.8 [84.5, 85.1]; bald 4: +0.7 [+0.4, +0.9], 8: +1.6 [+1.4, +1.8];
                                d_optimal the same; random 8: -1.5 [-1.7, -1.3]
     persona_mix, 21 users      16 random 76.0 [73.8, 78.1]; bald 8: -0.6 [-3.8, +2.5], 16: +2.3 [-0.7, +5.1]; d_optimal
-                               8: -0.3 [-3.6, +2.9]; random 8: -3.9 [-5.4, -2.1]: as good as 16 as far as 21 users tell
+                               8: -0.3 [-3.6, +2.9]; random 8: -3.9 [-5.4, -2.1]: too few users to tell
     persona_cross, 18 users    99.7 to 100.0 after one question by every rule: nothing to tell apart
 
 The personas are of one fit (low_rank, seed 0). Bald and d_optimal differ by no more than noise.

@@ -70,6 +70,8 @@ def test_a_stopped_call_goes_on_and_other_users_are_refused(tables, tmp_path, mo
         list(write_shards(run, tables[1:], tmp_path))
     with pytest.raises(DataError, match="is of other users or comparisons"):
         list(write_shards(run, [tables[0].with_columns(target=1 - pl.col("target"))], tmp_path))
+    with pytest.raises(DataError, match="is of other users or comparisons"):  # the features are in the columns
+        list(write_shards(run, [tables[0].with_columns(pl.col("attr:x:first") + 1)], tmp_path))
     assert list(write_shards(run, [tables[0].reverse()], tmp_path)) == files[:1]
     with pytest.raises(DataError, match="in table 1 and in an earlier one"):
         list(write_shards(run, [tables[0], tables[0]], tmp_path / "twice"))
