@@ -51,7 +51,8 @@ def write_shards(run: Run, tables: Iterable[pl.DataFrame], folder: str | Path, *
                 f"user {shown(again)} is in table {number} and in an earlier one: keep a user's rows in one"
             )
         seen.update(hashes)
-        columns = (*SAID, run.experiment.community, *(name for name in sorted(table.columns) if name.startswith("attr:")))
+        numbers = sorted(name for name in table.columns if name.startswith("attr:"))
+        columns = (*SAID, run.experiment.community, *numbers)
         said = table.select(name for name in dict.fromkeys(columns) if name in table.columns).sort(pl.all())
         digest = str(stable_hash(f"{method}|{run.fingerprint}|{said.write_csv()}"))
         if path.exists():
