@@ -47,6 +47,7 @@ Source = Annotated[
 Seed = Annotated[int | None, typer.Option("--seed", help="Which of the run's fits; the first by default.")]
 Set = Annotated[list[str] | None, typer.Option("--set", help="Override a part: --set model.prototypes=8")]
 Seeds = Annotated[str | None, typer.Option("--seeds", help="Seeds, for example 0,1,2")]
+Vmap = Annotated[bool | None, typer.Option(help="Train all seeds in one program; as it is, on GPU and TPU only.")]
 
 
 @app.command(epilog="Example: pluralprefs train experiments/ukpconvarg1.py --only ideal_point --seeds 0,1,2")
@@ -58,6 +59,7 @@ def train(
     only: Annotated[str | None, typer.Option(help="Names of experiments, where the file has several: a,b")] = None,
     root: Annotated[Path | None, typer.Option("--root", help="Folder of run folders.", show_default="runs")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run SOURCE where it stopped.")] = False,
+    vmap: Vmap = None,
     wandb: Mirror = None,
     debug: Annotated[bool, typer.Option(help="Show tracebacks.")] = False,
 ) -> None:
@@ -70,9 +72,9 @@ def train(
 
     mode = chosen(wandb)
     if resume:
-        if assignments or seeds is not None or only or root is not None:
+        if assignments or seeds is not None or only or root is not None or vmap is not None:
             raise ValueError("--resume goes on in the run's own folder with the recorded experiment: leave out --set, "
-                             "--seeds, --only and --root")  # fmt: skip
+                             "--seeds, --only, --vmap and --root")  # fmt: skip
         _finish(launch.resume(find_run(source, RUNS).path, tell=say), mode)
         return
     experiments = _experiments(source, only, root or RUNS)
@@ -81,7 +83,7 @@ def train(
     if seeds is not None:
         experiments = [replace(experiment, seeds=_seeds(seeds)) for experiment in experiments]
     for experiment in experiments:
-        _finish(launch.run(experiment, root=root or RUNS, tell=say), mode)
+        _finish(launch.run(experiment, root=root or RUNS, tell=say, vmap=vmap), mode)
 
 
 @app.command(epilog="Example: pluralprefs sweep experiments/ukp_ideal_point.py --over model.prototypes=1,2,4,8")
@@ -93,6 +95,7 @@ def sweep(
     seeds: Seeds = None,
     only: Annotated[str | None, typer.Option(help="Name of the experiment, where the file has several.")] = None,
     root: Root = RUNS,
+    vmap: Vmap = None,
     wandb: Mirror = None,
     debug: Annotated[bool, typer.Option(help="Show tracebacks.")] = False,
 ) -> None:
@@ -110,7 +113,8 @@ def sweep(
         experiment = override(experiment, assignment)
     if seeds is not None:
         experiment = replace(experiment, seeds=_seeds(seeds))
-    done, failed = sweeping.sweep(experiment, over, root=root, tell=say, ended=lambda folder: after(folder, mode))
+    done, failed = sweeping.sweep(experiment, over, root=root, tell=say, vmap=vmap,
+                                  ended=lambda folder: after(folder, mode))  # fmt: skip
     say(sweeping.sweep_table(done))
     say("\n".join(f"{folder.path}  {label}" for label, folder in done.items()))
     if failed:

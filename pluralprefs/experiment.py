@@ -45,7 +45,7 @@ from pluralprefs.models.variational import Variational
 from pluralprefs.pooling import fit_pooled, half_fits, shared_variance, tempered_population
 from pluralprefs.profiles import preference_variance
 from pluralprefs.train import attribute_dropout
-from pluralprefs.training import Report, gradient_base, temperature_scale
+from pluralprefs.training import Report, Together, gradient_bases, temperature_scale
 from pluralprefs.types import InfersUser, Item, LinearInUser, Reduction
 from pluralprefs.users import Pooled, Users
 
@@ -251,22 +251,24 @@ def _effect_items(table: pl.DataFrame) -> tuple[str, ...]:
 
 def fit_seed(
     experiment: Experiment, prepared: Prepared, seed: int, *, checkpoints: Path | None = None,
-    report: Report | None = None,
+    report: Report | None = None, together: Together | None = None,
 ) -> Fitted:  # fmt: skip
     """Fit one seed on training and (with `refit`) validation rows.
 
     What is chosen on validation rows (a temperature, a tempering exponent, the residual variance) is chosen by a fit
     without them first. Gradient training calls `report` after each epoch and continues from the folder `checkpoints`,
-    which must hold nothing but this seed's.
+    which must hold nothing but this seed's. `together` has the seeds that are trained with it, in place of both.
     """
-    fit = partial(_fit, seed=seed, checkpoints=checkpoints, report=report)
+    together = together or Together({seed: report}, checkpoints)
+    fit = partial(_fit, seed=seed, together=together)
     cell = prepared.table["cell"].to_numpy()
     train = take(prepared.rows, np.flatnonzero(np.isin(cell, TRAINING)))
     validation = take(prepared.rows, np.flatnonzero(cell == "validation"))
     model = new_model(experiment, prepared.features, prepared.vocabulary, prepared.maps, seed)
     if isinstance(model, Residual):
         rows = take(prepared.rows, np.flatnonzero(np.isin(cell, FINAL))) if experiment.refit else train
-        return _fit_inferred(experiment, prepared, model, train, validation, rows, seed, checkpoints, report)
+        return _fit_inferred(experiment, prepared, model, train, validation, rows, seed, checkpoints,
+                             report or together.reports[seed])  # fmt: skip
     if not len(validation.target):
         return fit(experiment, prepared, train, None, experiment.users)
     pooled = experiment.users
@@ -287,7 +289,6 @@ def fit_seed(
         population_temper=(chosen.notes.get("population_temper", 1.0),),
         residual=chosen.notes["residual"] if pooled.residual is True else pooled.residual,
     )
-    experiment = replace(experiment, epochs=chosen.notes.get("epochs", experiment.epochs))
     scale = chosen.notes.get("inverse_temperature", 1.0)
     fitted = fit(experiment, prepared, everything, None, settled, scale=scale, stage="refit")
     kept = {k: v for k, v in chosen.notes.items() if k.endswith("validation_nll") or k == "residual"}
@@ -296,25 +297,24 @@ def fit_seed(
 
 def _fit(
     experiment: Experiment, prepared: Prepared, rows: Rows, validation: Rows | None, pooled: Pooled, *,
-    seed: int, scale: float = 1.0, stage: str = "fit", checkpoints: Path | None = None, report: Report | None = None,
+    seed: int, together: Together, scale: float = 1.0, stage: str = "fit",
 ) -> Fitted:  # fmt: skip
-    model = new_model(experiment, prepared.features, prepared.vocabulary, prepared.maps, seed)
+    new = partial(new_model, experiment, prepared.features, prepared.vocabulary, prepared.maps)
+    model = new(seed)
     users, communities = len(prepared.vocabulary.users), len(prepared.vocabulary.communities)
     linear = isinstance(model, LinearInUser)
     trained = not linear or bool(jax.tree.leaves(model))
     if not trained:
         base, notes = tempered_population(model, prepared.features, rows, pooled, validation)
     else:
-        notes: dict[str, Any] = {"epochs": experiment.epochs}
         joint = users if not linear and "user" in experiment.users.levels else 0  # trained beside the model
-        base = gradient_base(
-            model, prepared.features, rows, pooled, users=joint, likelihood=experiment.likelihood,
-            reduction=experiment.reduction, optimizer=experiment.optimizer(), epochs=experiment.epochs,
-            batch_size=_batch_size(experiment.batch_size, len(rows.target)), seed=seed, validation=validation,
-            notes=notes, checkpoints=checkpoints and checkpoints / stage, report=report,
+        train = partial(
+            gradient_bases, [new(one) for one in together.seeds], prepared.features, rows, pooled, users=joint,
+            likelihood=experiment.likelihood, reduction=experiment.reduction, optimizer=experiment.optimizer(),
+            batch_size=_batch_size(experiment.batch_size, len(rows.target)), validation=validation,
             transform=experiment.transform,
         )  # fmt: skip
-        base(None)  # the folds are trained for as many epochs as suit all rows
+        base, notes = together.base(seed, stage, experiment.epochs, train)
     if not isinstance(experiment.likelihood, Logistic):
         if validation is not None:
             scale = float(temperature_scale(*base(None), prepared.features, validation))

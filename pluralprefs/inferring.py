@@ -154,7 +154,7 @@ def _train(
     nats = None if held is None else partial(_held_out_nats, items, held_episodes(held))
     step = jax.jit(make_epoch_step(make_train_step(episode_loss(reduction=reduction), optimizer)))
     state = init_state(Params(family, (), likelihood), optimizer, jax.random.key(seed))
-    best = Training(step, items, batch, nats, epochs, report)(state, rows, folder)
+    [best] = Training(step, items, batch, nats, (epochs,), (report,))([state], rows, folder)
     if notes is not None:
         notes.update(epochs=best.epochs, epochs_validation_nll=best.nats)
     return best.params.model, best.epochs or epochs

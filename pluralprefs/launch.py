@@ -41,7 +41,7 @@ from pluralprefs.profiles import SCHEMA, attribute_weights
 from pluralprefs.registry import RunFolder, create, open_run
 from pluralprefs.registry.folder import table_file
 from pluralprefs.run import Run, load, save_seed, save_shared
-from pluralprefs.training import Report
+from pluralprefs.training import Report, Together
 
 LOSSES = {"seed": pl.Int64, "training": pl.Int64, "epoch": pl.Int64, "loss": pl.Float64}
 
@@ -53,11 +53,13 @@ def run(
     progress: bool = True,
     tell: Tell | None = None,
     table: pl.DataFrame | None = None,
+    vmap: bool | None = None,
 ) -> Run:
     """Run an experiment and return it, loaded. Bad data is refused before a run folder exists.
 
     `table` is what `experiment.data()` would return, where the caller has it already. `tell` gets the lines worth
-    reading on the way: split notes, the leak report, one line a seed.
+    reading on the way: split notes, the leak report, one line a seed. `vmap` trains all seeds in one program: None on
+    an accelerator only, since a CPU gains nothing by it. Families that infer users train a seed at a time all the same.
     """
     tell = tell or (lambda _: None)
     prepared = prepare(experiment, table, progress=progress)
@@ -67,6 +69,7 @@ def run(
         root, (experiment.name, experiment.data_name), describe(experiment), seeds=experiment.seeds,
         devices=[str(device) for device in jax.devices()], data_fingerprint=fingerprint(prepared.table),
     )  # fmt: skip
+    folder.update(vmap=len(experiment.seeds) > 1 and (jax.default_backend() != "cpu" if vmap is None else vmap))
     return _fill(folder, experiment, prepared, progress, tell)
 
 
@@ -103,13 +106,16 @@ def _fill(folder: RunFolder, experiment: Experiment, prepared: Prepared, progres
         draws = support(experiment, prepared.table)
         predictions = _predictions_so_far(folder, experiment, prepared)
         profiles, losses = _profiles_so_far(folder), _losses_so_far(folder)
+        curves = {seed: _Losses(seed) for seed in experiment.seeds}
+        together = Together(curves, folder.path / "checkpoints" / "together") if folder.read().get("vmap") else None
         for seed in experiment.seeds:
             if str(seed) in folder.read().get("notes", {}):
                 tell(f"seed {seed}: fitted before")
                 continue
-            with _epoch_bar(f"seed {seed}", shown=progress) as report:
-                curve = _Losses(seed, report)
-                fitted = fit_seed(experiment, prepared, seed, checkpoints=_checkpoints(folder, seed), report=curve)
+            curve = curves[seed]
+            with _epoch_bar(f"seed {seed}", shown=progress) as curve.report:
+                fitted = fit_seed(experiment, prepared, seed, checkpoints=_checkpoints(folder, seed), report=curve,
+                                  together=together)  # fmt: skip
             tell(f"seed {seed}: {summary_line(fitted)}")
             found = evaluate(fitted, prepared.features, prepared.table, prepared.rows, draws, model=experiment.name,
                              seed=seed, shots=experiment.shots, adapter=experiment.adapter,
@@ -165,14 +171,16 @@ class _Losses:
     order: an epoch that does not follow the last one begins another. A seed that is resumed has its later epochs only.
     """
 
-    def __init__(self, seed: int, report: Report) -> None:
-        self.seed, self.report = seed, report
+    def __init__(self, seed: int) -> None:
+        self.seed = seed
+        self.report: Report | None = None
         self.rows: list[tuple[int, int, int, float]] = []
 
     def __call__(self, done: int, epochs: int, loss: float) -> None:
         _, training, last, _ = self.rows[-1] if self.rows else (self.seed, 0, 0, 0.0)
         self.rows.append((self.seed, training + (not self.rows or done <= last), done, loss))
-        self.report(done, epochs, loss)
+        if self.report is not None:
+            self.report(done, epochs, loss)
 
 
 def _profile(fitted: Fitted, prepared: Prepared, seed: int) -> pl.DataFrame:

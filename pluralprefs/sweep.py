@@ -76,13 +76,15 @@ def sweep(
     root: Path | str = "runs",
     tell: Tell,
     progress: bool = True,
+    vmap: bool | None = None,
     ended: Callable[[RunFolder], None] | None = None,
 ) -> tuple[dict[str, RunFolder], dict[str, str]]:
     """Run every combination, and return the finished runs and the errors of the others, both by their settings.
 
     An unknown setting is an error before anything is run; a run that fails does not stop the others. One that is
     running, or was running on another host, is in neither: `tell` hears where it is.
-    `ended` gets each run that was made or continued here, as soon as it is done.
+    Seeds are trained in one program where `vmap` says so (`launch.run`), combinations one after the other: most change
+    a shape. `ended` gets each run that was made or continued here, as soon as it is done.
     """
     planned = {}
     for assignments in combinations(over):
@@ -94,7 +96,7 @@ def sweep(
     for number, (label, changed) in enumerate(planned.items(), start=1):
         tell(f"{number} of {len(planned)}: {label}")
         try:
-            done[label], new = _one(changed, Path(root), tell, progress)
+            done[label], new = _one(changed, Path(root), tell, progress, vmap)
         except StillRunning as error:
             tell(f"left alone: {error}")
         except (ValueError, TypeError, OSError, FloatingPointError) as error:
@@ -116,7 +118,7 @@ def sweep_table(done: dict[str, RunFolder]) -> str:
     return results_table(rows) if rows.height else "no run has results"
 
 
-def _one(experiment: Experiment, root: Path, tell: Tell, progress: bool) -> tuple[RunFolder, bool]:
+def _one(experiment: Experiment, root: Path, tell: Tell, progress: bool, vmap: bool | None) -> tuple[RunFolder, bool]:
     """The run of an experiment: the one that is done, the one that was stopped, continued, or a new one.
 
     With it, whether anything was done here. Raises StillRunning where it is being made elsewhere.
@@ -124,7 +126,7 @@ def _one(experiment: Experiment, root: Path, tell: Tell, progress: bool) -> tupl
     table = experiment.data()
     earlier = _earlier(experiment, root, table)
     if earlier is None:
-        return launch.run(experiment, root=root, tell=tell, progress=progress, table=table).folder, True
+        return launch.run(experiment, root=root, tell=tell, progress=progress, table=table, vmap=vmap).folder, True
     if earlier.status == "done":
         tell(f"{earlier.path}: done before")
         return earlier, False

@@ -2,10 +2,12 @@
 
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import polars as pl
 import pytest
+from flax import struct
 from tables import write
 
 from pluralprefs import encoders, training
@@ -81,6 +83,65 @@ def test_a_resumed_run_is_equal_to_one_never_stopped(whole, tmp_path, monkeypatc
     assert found.folder.status == "done"
     assert not (Path(folder) / "checkpoints").exists()
     assert trained_again + epochs_before == whole_epochs(expected), "finished epochs were trained again"
+
+
+@pytest.mark.slow
+def test_seeds_of_one_program_are_those_of_their_own(whole, tmp_path, monkeypatch):
+    data, apart = whole
+    whole_run = run(experiment(data), root=tmp_path / "whole", progress=False, vmap=True)
+    assert whole_run.folder.read()["vmap"] is True
+    assert apart.folder.read()["vmap"] is False
+    steps = apart.folder.table("training").join(
+        whole_run.folder.table("training"), on=["seed", "training", "epoch"], how="full"
+    )
+    np.testing.assert_allclose(steps["loss"], steps["loss_right"], rtol=1e-3)
+    for seed in (0, 1):
+        ours, theirs = load(whole_run.folder.path, seed=seed), load(apart.folder.path, seed=seed)
+        assert ours.notes["epochs"] == theirs.notes["epochs"]
+        ours, theirs = arrays(ours), arrays(theirs)
+        for name, value in ours.items():
+            np.testing.assert_allclose(value, theirs[name], rtol=0.02, atol=2e-3, err_msg=name)
+    # Stopped in the first training on all rows, and resumed: bit for bit the run that was not.
+    monkeypatch.setattr(training, "CHECKPOINT_SECONDS", 0.0)
+    count, original = [0], training.Training._epoch
+
+    def stop_after(self, *arguments):
+        count[0] += 1
+        if count[0] > 5:
+            raise KeyboardInterrupt
+        return original(self, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training.Training, "_epoch", stop_after)
+        with pytest.raises(KeyboardInterrupt):
+            run(experiment(data), root=tmp_path / "stopped", progress=False, vmap=True)
+    [folder] = (tmp_path / "stopped").iterdir()
+    found = resume(folder, progress=False)
+    assert found.folder.table("predictions").equals(whole_run.folder.table("predictions"))
+
+
+def test_a_seed_that_has_had_its_epochs_stays_as_it_is():
+    """Seeds of one program may stop at different epochs; without validation rows the last parameters are the best."""
+    step = lambda state, _: (state.replace(params=state.params + 1.0), {"loss": np.ones((2, 3))})  # noqa: E731
+    told = {0: [], 1: []}
+    reports = tuple(lambda done, epochs, loss, seed=seed: told[seed].append((done, epochs)) for seed in told)
+    nothing: Any = None
+    states: Any = [Counted(np.float32(0)), Counted(np.float32(10))]
+
+    def trained(nats) -> list[Any]:
+        return training.Training(step, nothing, lambda number, rows: None, nats, (2, 5), reports)(states, nothing, None)
+
+    assert [float(best.params) for best in trained(None)] == [2.0, 15.0]
+    assert told == {0: [(1, 2), (2, 2)], 1: [(done, 5) for done in (1, 2, 3, 4, 5)]}
+    chosen = trained(lambda params: min(abs(float(params) - 3), abs(float(params) - 13)))
+    assert [(float(best.params), best.epochs) for best in chosen] == [(2.0, 2), (13.0, 3)]
+
+
+@struct.dataclass
+class Counted:
+    """Stands for a training state: parameters that are the number of epochs."""
+
+    params: Any
 
 
 def whole_epochs(run):

@@ -232,6 +232,7 @@ def test_an_attribute_whose_scores_never_differ_has_slope_zero_and_spoils_no_oth
     np.testing.assert_allclose(whole.inverse[jnp.asarray([0, 2])], less.inverse, rtol=1e-4, atol=1e-7)
 
 
+@pytest.mark.slow
 def test_shapley_values_share_out_what_all_attributes_save():
     fitted, x = fitted_and_items()
     found = attribute_weights(fitted, x, fitted.rows, ("cats", "dogs"), NAMES)
