@@ -15,6 +15,7 @@ import argparse
 import os
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import polars as pl
@@ -29,9 +30,11 @@ from pluralprefs.attributes.counterfactuals import rewrites, sample_responses
 from pluralprefs.attributes.fitting import embedder
 from pluralprefs.attributes.lexicon_teacher import LexiconTeacher
 from pluralprefs.attributes.source import predicted
+from pluralprefs.contrasts import paired_difference
 from pluralprefs.data.sources import ukpconvarg1
 from pluralprefs.experiment import FAMILIES, Experiment
 from pluralprefs.launch import run
+from pluralprefs.models.bradley_terry import BradleyTerry
 from pluralprefs.profiles import over_seeds, profile_table
 
 DATA = os.environ.get("PLURALPREFS_DATA", "../shared/data")
@@ -117,6 +120,20 @@ def reasons(community: str, weights: pl.DataFrame) -> None:
     console.print(f"Over attributes: Spearman of share and |preference| {both:+.2f} (n = {len(whole)})")
 
 
+def difference(ours: pl.DataFrame, theirs: pl.DataFrame) -> None:
+    """Print accuracy and NLL with attributes minus without, paired, with intervals over users, in every cell."""
+    sides = [
+        part.filter(pl.col("model") == name, pl.col("control").is_null())
+        for part, name in ((ours, "attribute_attention"), (theirs, "without attributes"))
+    ]
+    for cell, shots in sides[0].select("cell", "shots").unique().sort("cell", "shots").rows():
+        one, other = (side.filter(pl.col("cell") == cell, pl.col("shots").eq_missing(shots)) for side in sides)
+        for metric in ("accuracy", "nll"):
+            d = paired_difference(one, other, metric)
+            found = f"{metric} {d.value:+.4f} [{d.ci_low}, {d.ci_high}]"
+            console.print(f"with attributes minus without, {cell}@{shots} {found}", highlight=False, markup=False)
+
+
 def spearman(one: list[float], other: list[float]) -> float:
     """Rank correlation; NaN where nothing varies."""
     return float(np.corrcoef(rankdata(one), rankdata(other))[0, 1]) if len(set(one)) > 1 else float("nan")
@@ -125,12 +142,12 @@ def spearman(one: list[float], other: list[float]) -> float:
 def main(folder: Path, root: Path, community: str, seeds: tuple[int, ...]) -> None:
     """Fit, print profiles with intervals, accuracy with and without attributes, and the reasons."""
     predictors_on_arguments(folder)
-    asked = Experiment(
-        data=partial(table, community), encoder=partial(encoders.load, "minilm"), name="attribute_attention",
-        data_name=f"ukpconvarg1 by {community}", seeds=seeds,
-        **{**FAMILIES["attribute_attention"], "attributes": partial(predicted, str(folder))},
-    )  # fmt: skip
-    found = run(asked, root=root)
+    shared: dict[str, Any] = {
+        "data": partial(table, community), "encoder": partial(encoders.load, "minilm"),
+        "data_name": f"ukpconvarg1 by {community}",
+    }  # fmt: skip
+    attention = {**FAMILIES["attribute_attention"], "attributes": partial(predicted, str(folder))}
+    found = run(Experiment(name="attribute_attention", seeds=seeds, **{**attention, **shared}), root=root)
     weights = over_seeds(found.folder.table("attribute_weights"))
     console.print(profile_table(weights), markup=False, highlight=False)
     metrics = found.folder.table("metrics").filter(pl.col("metric").is_in(["accuracy", "nll", "attribute_gain"]))
@@ -138,6 +155,9 @@ def main(folder: Path, root: Path, community: str, seeds: tuple[int, ...]) -> No
     for row in own.sort("cell", "shots").iter_rows(named=True):
         console.print(f"{row['cell']}@{row['shots']} {row['control'] or ''} {row['metric']} {row['value']:.4f} "
                       f"[{row['ci_low']:.4f}, {row['ci_high']:.4f}]", highlight=False)  # fmt: skip
+    without = {"model": partial(BradleyTerry.init, item_effects=False), "users": attention["users"]}
+    plain = run(Experiment(name="without attributes", controls=False, **{**without, **shared}), root=root)
+    difference(found.folder.table("predictions"), plain.folder.table("predictions"))
     reasons(community, weights)
     spread = np.abs(weights.filter(kind="preference")["mean"].to_numpy()).mean()
     console.print(f"Mean |preference| {spread:.2f}. Next: pluralprefs profile {found.folder.path}", markup=False)

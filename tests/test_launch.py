@@ -4,7 +4,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 import polars as pl
 import pytest
 from flax import struct
@@ -15,11 +18,14 @@ from pluralprefs.data import comparisons
 from pluralprefs.data.files import DataError
 from pluralprefs.experiment import Experiment
 from pluralprefs.launch import resume, run
+from pluralprefs.likelihoods import Logistic, pooled_mean
 from pluralprefs.models.bradley_terry import BradleyTerry
 from pluralprefs.models.ideal_point import IdealPoint
+from pluralprefs.models.low_rank import LowRank
 from pluralprefs.registry.files import RegistryError
 from pluralprefs.run import load
 from pluralprefs.train import leaf_name
+from pluralprefs.types import Comparisons, Item
 from pluralprefs.users import Pooled
 
 
@@ -35,8 +41,6 @@ def experiment(data: Path, **parts) -> Experiment:
 
 
 def arrays(run):
-    import jax
-
     leaves = jax.tree_util.tree_leaves_with_path((run.model, run.users))
     return {leaf_name(path): np.asarray(leaf) for path, leaf in leaves}
 
@@ -83,6 +87,39 @@ def test_a_resumed_run_is_equal_to_one_never_stopped(whole, tmp_path, monkeypatc
     assert found.folder.status == "done"
     assert not (Path(folder) / "checkpoints").exists()
     assert trained_again + epochs_before == whole_epochs(expected), "finished epochs were trained again"
+
+
+def ramped(batch, key, step, *, steps):
+    return batch.replace(weight=batch.weight * (step + 1) / steps)
+
+
+def test_bases_of_seeds_under_one_vmap_are_those_of_each():
+    """Of different lengths, initial values and orders; the transform of each knows its own number of steps."""
+    rng = np.random.default_rng(0)
+    items = Item(embedding=jnp.asarray(rng.normal(size=(8, 3)), jnp.float32))
+    target, nobody, none = rng.integers(0, 2, 40).astype(np.float32), np.full(40, -1), np.zeros(40, np.float32)
+    columns: dict[str, Any] = {
+        "first": rng.integers(0, 8, 40), "second": rng.integers(0, 8, 40), "target": target,
+        "tie": np.zeros(40, bool), "user": nobody, "community": nobody, "rater": nobody, "source": nobody,
+        "offset": none, "weight": none + 1,
+    }  # fmt: skip
+    rows = Comparisons(**columns)
+    models = [LowRank.init(dim=3, rank=2, key=jax.random.key(seed)) for seed in (0, 1)]
+    fit = partial(
+        training.gradient_bases, items=items, rows=rows, pooled=Pooled(), users=0, likelihood=Logistic(),
+        reduction=pooled_mean, optimizer=optax.adam(0.05), batch_size=16, transform=ramped,
+    )  # fmt: skip
+    half = np.arange(40) < 20
+    notes = [{}, {}]
+    together = fit(models, seeds=(0, 1), epochs=(2, 3), validation=rows, notes=notes)
+    for place, epochs in ((1, 3), (0, 2)):
+        own: list[Any] = [{}]
+        [alone] = fit(models[place : place + 1], seeds=(place,), epochs=(epochs,), validation=rows, notes=own)
+        for mask in (half, None):
+            ours, theirs = (jax.tree.leaves(base(mask)) for base in (together[place], alone))
+            for x, y in zip(ours, theirs, strict=True):
+                np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5)
+        assert notes[place]["epochs"] == own[0]["epochs"]
 
 
 @pytest.mark.slow
