@@ -33,7 +33,7 @@ from pluralprefs.attributes.source import predicted
 from pluralprefs.contrasts import paired_difference
 from pluralprefs.data.sources import ukpconvarg1
 from pluralprefs.experiment import FAMILIES, Experiment
-from pluralprefs.launch import run
+from pluralprefs.launch import run, table_in_memory
 from pluralprefs.models.bradley_terry import BradleyTerry
 from pluralprefs.profiles import over_seeds, profile_table
 
@@ -143,11 +143,12 @@ def main(folder: Path, root: Path, community: str, seeds: tuple[int, ...]) -> No
     """Fit, print profiles with intervals, accuracy with and without attributes, and the reasons."""
     predictors_on_arguments(folder)
     shared: dict[str, Any] = {
-        "data": partial(table, community), "encoder": partial(encoders.load, "minilm"),
+        "data": table_in_memory, "encoder": partial(encoders.load, "minilm"),
         "data_name": f"ukpconvarg1 by {community}",
     }  # fmt: skip
     attention = {**FAMILIES["attribute_attention"], "attributes": partial(predicted, str(folder))}
-    found = run(Experiment(name="attribute_attention", seeds=seeds, **{**attention, **shared}), root=root)
+    votes = table(community)
+    found = run(Experiment(name="attribute_attention", seeds=seeds, **{**attention, **shared}), root=root, table=votes)
     weights = over_seeds(found.folder.table("attribute_weights"))
     console.print(profile_table(weights), markup=False, highlight=False)
     metrics = found.folder.table("metrics").filter(pl.col("metric").is_in(["accuracy", "nll", "attribute_gain"]))
@@ -156,7 +157,7 @@ def main(folder: Path, root: Path, community: str, seeds: tuple[int, ...]) -> No
         console.print(f"{row['cell']}@{row['shots']} {row['control'] or ''} {row['metric']} {row['value']:.4f} "
                       f"[{row['ci_low']:.4f}, {row['ci_high']:.4f}]", highlight=False)  # fmt: skip
     without = {"model": partial(BradleyTerry.init, item_effects=False), "users": attention["users"]}
-    plain = run(Experiment(name="without attributes", controls=False, **{**without, **shared}), root=root)
+    plain = run(Experiment(name="without attributes", controls=False, **{**without, **shared}), root=root, table=votes)
     difference(found.folder.table("predictions"), plain.folder.table("predictions"))
     reasons(community, weights)
     spread = np.abs(weights.filter(kind="preference")["mean"].to_numpy()).mean()

@@ -90,7 +90,7 @@ def test_a_resumed_run_is_equal_to_one_never_stopped(whole, tmp_path, monkeypatc
 
 
 def ramped(batch, key, step, *, steps):
-    return batch.replace(weight=batch.weight * (step + 1) / steps)
+    return batch.replace(target=batch.target * (step + 1) / steps)
 
 
 def test_bases_of_seeds_under_one_vmap_are_those_of_each():
