@@ -154,6 +154,7 @@ def test_the_route_through_coordinates_equals_the_route_through_items(rounds, fu
     np.testing.assert_allclose(*whitened, atol=2e-4)
 
 
+@pytest.mark.slow
 def test_hundreds_of_users_with_more_comparisons_than_unknowns_do_not_deadlock():
     """A batched Cholesky solve in Newton's loop hung at 0 % CPU on jax 0.10; a process of its own can be killed."""
     program = """
@@ -290,7 +291,7 @@ def test_rounds_of_moments_reach_the_nearest_gaussian_and_its_evidence():
     np.testing.assert_allclose(found.evidence, -best.fun, atol=0.01)
 
 
-@pytest.mark.parametrize("n", [3, 30])  # fewer rows than coordinates, and more
+@pytest.mark.parametrize("n", [pytest.param(3, marks=pytest.mark.slow), 30])  # fewer rows than coordinates, and more
 def test_where_a_prior_is_so_wide_that_a_mixture_saturates_no_step_runs_away(n):
     """Pure users of two ideal points: strengths grow without end, and the bound of the evidence still only rises."""
     draw = np.random.default_rng(11)

@@ -159,6 +159,7 @@ def test_a_damaged_shard_is_encoded_again_with_a_warning(encoder, tmp_path, dama
     assert calls == []
 
 
+@pytest.mark.slow
 def test_two_processes_share_a_cache(encoder, tmp_path):
     program = f"""
         import sys

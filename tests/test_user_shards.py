@@ -28,7 +28,14 @@ def tables(tmp_path_factory):
     return [rows.filter(number.is_between(*ends)) for ends in ((1, 4), (5, 8), (9, 10))]
 
 
-@pytest.mark.parametrize(("method", "square"), [("laplace", False), ("laplace", True), ("map", False)])
+@pytest.mark.parametrize(
+    ("method", "square"),
+    [
+        pytest.param("laplace", False, marks=pytest.mark.slow),
+        ("laplace", True),
+        ("map", False),
+    ],
+)
 def test_shards_hold_what_one_call_gives(tables, tmp_path, method, square):
     run = handmade(tables[0], model=LowRank.init(key=jax.random.key(0), dim=2, rank=20))
     if square:  # of the size of a posterior's own root
