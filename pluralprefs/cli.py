@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from pluralprefs.attributes_cli import attributes_app
+from pluralprefs.deploy_cli import export, serve
 from pluralprefs.registry_cli import runs_app
 from pluralprefs.terminal import plainly, say, warn
 from pluralprefs.users_cli import ask, choose, suggest
@@ -328,6 +329,14 @@ def report(
 app.command(epilog="Example: pluralprefs suggest runs/2026-... --pool pool.jsonl --user user.safetensors -n 5")(suggest)
 app.command(epilog="Example: pluralprefs ask runs/2026-... --pool pool.jsonl --user user.safetensors")(ask)
 app.command(epilog="Example: pluralprefs choose runs/2026-... --user user.safetensors --input responses.jsonl")(choose)
+app.command(
+    epilog="Examples: pluralprefs export runs/2026-... --out reward-model · "
+    "pluralprefs export runs/2026-... --user user.safetensors --out ana-model"
+)(export)
+app.command(
+    epilog="Examples: pluralprefs serve runs/2026-... --users users.safetensors --port 8000 · curl "
+    'localhost:8000/score -d \'{"prompt": "Which tea?", "responses": ["Assam", "Sencha"], "user": "ana"}\''
+)(serve)
 
 
 @data_app.command(epilog="Example: pluralprefs data check my.jsonl")

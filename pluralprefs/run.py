@@ -45,7 +45,7 @@ from pluralprefs.data.files import DataError
 from pluralprefs.data.ids import pseudonym
 from pluralprefs.describe import resolve
 from pluralprefs.encoders.attributes import AttributeEncoder
-from pluralprefs.encoders.cache import encode_items
+from pluralprefs.encoders.cache import Cache, encode_items
 from pluralprefs.encoders.features import Features
 from pluralprefs.evaluate import evaluate
 from pluralprefs.experiment import (
@@ -122,7 +122,7 @@ def _full(experiment: Experiment) -> bool:
 class Run:
     """A loaded run; see the module. `rows` and `items` are the seen users' support, None where it was not kept.
 
-    `judged` are the item ids of `items`.
+    `judged` are the item ids of `items`. `cache` is where features of texts are kept, as `encoders.cache` has it.
     """
 
     folder: RunFolder
@@ -138,6 +138,7 @@ class Run:
     items: Item | None
     judged: tuple[str, ...]
     fingerprint: str
+    cache: Cache = None
 
     def read(self, path: str | Path, **options: Any) -> pl.DataFrame:
         """Read a file as this run's own data were read: the same columns, the same pseudonyms (`comparisons.read`)."""
@@ -367,7 +368,7 @@ class Run:
 
     def encode(self, items: pl.DataFrame) -> Item:
         """Encode an item table (`data.batches.item_table`) as training items were; the last rows are repetitions."""
-        item = encode_items(items, self.encoder)
+        item = encode_items(items, self.encoder, cache=self.cache)
         embedding = np.asarray(item.embedding, np.float32)
         if self.maps is not None:
             embedding = self.maps(embedding, text_lengths(items))

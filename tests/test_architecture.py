@@ -27,8 +27,8 @@ FLOORS = [
     "profiles asking choosing user_shards",
     "experiment",
     "run plots",
-    "launch",
-    "export serve sweep report attributes_cli registry_cli users_cli wandb_cli",
+    "launch answering model_card",
+    "export serve sweep report attributes_cli deploy_cli registry_cli users_cli wandb_cli",
     "cli",
     "__init__",
 ]

@@ -18,7 +18,7 @@ import polars as pl
 from jaxtyping import Bool, Float
 
 from pluralprefs.attributes.fitting import embedder
-from pluralprefs.attributes.predictors import AttributePredictors
+from pluralprefs.attributes.predictors import AttributePredictors, Embed
 from pluralprefs.attributes.store import AttributeStore
 from pluralprefs.data.files import DataError
 from pluralprefs.encoders.attributes import AttributeEncoder
@@ -60,9 +60,13 @@ def checked(source: Any) -> AttributeSource:
 
 @dataclass(frozen=True, eq=False)
 class Predicted:
-    """Attributes of responses by predictors; a response without text (null, or every content null) has none."""
+    """Attributes of responses by predictors; a response without text (null, or every content null) has none.
+
+    `embed` encodes texts, where the predictors' encoder is not to be loaded at every call.
+    """
 
     predictors: AttributePredictors
+    embed: Embed | None = None
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -76,7 +80,7 @@ class Predicted:
         texts = [plain(content) for content in said if _has_text(content)]
         values = np.zeros((items.height, len(self.names), self.predictors.width), np.float32)
         if texts:
-            features = self.predictors.read(texts, embedder(self.predictors.encoder))
+            features = self.predictors.read(texts, self.embed or embedder(self.predictors.encoder))
             values[there] = self.predictors.embeddings(features)
         return values, np.broadcast_to(there[:, None], values.shape[:2]).copy()
 

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, PartitionSpec
 
 from pluralprefs.encoders.checkpoint import Tensors, fill, stored_name
 from pluralprefs.encoders.decoder import REMAT, Decoder
 from pluralprefs.encoders.decoder_config import MODEL_TYPES, DecoderConfig
-from pluralprefs.encoders.weights import EncoderError
+from pluralprefs.encoders.weights import WEIGHTS, EncoderError, weight_files
 from pluralprefs.sharding import Rules
 
 # A parameter's path here -> its name in a checkpoint; {} is the layer.
@@ -67,6 +69,9 @@ DECODER_RULES: Rules = (
     (r"(^|/)head/kernel$", PartitionSpec("fsdp", "tensor")),
 )
 
+BACKBONE = re.compile(r"layers\.|embed_|project_|norm\.|final_layer_norm\.")
+FILE_BYTES = 5 * 2**30
+
 
 class Loaded(NamedTuple):
     """A decoder split into static data and parameters: `nnx.merge(graphdef, params)` is the module."""
@@ -110,7 +115,53 @@ def _plain_name(name: str) -> str:
 def _check_all_used(tensors: Tensors, shapes: Any, names: dict[str, str]) -> None:
     """Weights of the backbone that nothing here reads would be left out of the computation: refuse them."""
     read = {stored_name(path, names) for path, _ in jax.tree_util.tree_leaves_with_path(shapes)}
-    own = {name for name in tensors.names if re.match(r"layers\.|embed_|project_|norm\.|final_layer_norm\.", name)}
-    left = sorted(name for name in own - read if not name.endswith("rotary_emb.inv_freq"))
+    left = sorted(name for name in tensors.names - read if _of_backbone(name))
     if left:
         raise EncoderError(f"{tensors.folder}: the weights hold {left[0]}, which config.json does not announce")
+
+
+def _of_backbone(name: str) -> bool:
+    """Whether a plain name is a weight of the decoder itself: no head, and no table that follows from the config."""
+    return bool(BACKBONE.match(name)) and not name.endswith("rotary_emb.inv_freq")
+
+
+def stored_tensors(folder: Path) -> Iterator[tuple[str, dict[str, np.ndarray]]]:
+    """Yield the name of each file of a checkpoint and its tensors of the backbone by plain name, in the stored type.
+
+    A file that holds none is left out.
+    """
+    from safetensors import safe_open
+
+    for path in weight_files(folder):
+        with safe_open(path, framework="numpy") as file:
+            found = {_plain_name(name): name for name in file.keys()}  # noqa: SIM118, not a mapping
+            held = {plain: file.get_tensor(name) for plain, name in found.items() if _of_backbone(plain)}
+        if held:
+            yield path.name, held
+
+
+def stored_parameters(
+    params: Mapping[str, Any], kind: str, *, file_bytes: int = FILE_BYTES
+) -> Iterator[tuple[str, dict[str, np.ndarray]]]:
+    """Yield names of files and tensors by plain name, as `stored_tensors` does, of parameters of a `Decoder` here.
+
+    `kind` is the model's type. No file but one of a single tensor is larger than `file_bytes`.
+    """
+    parts: list[list[tuple[str, Any, Any]]] = [[]]
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        name = stored_name(path, NAMES[kind])
+        if not _of_backbone(name):
+            continue
+        if parts[-1] and sum(each.nbytes for *_, each in parts[-1]) + leaf.nbytes > file_bytes:
+            parts.append([])
+        parts[-1].append((name, path, leaf))
+    stem = WEIGHTS.removesuffix(".safetensors")
+    for number, part in enumerate(parts, 1):
+        file = WEIGHTS if len(parts) == 1 else f"{stem}-{number:05d}-of-{len(parts):05d}.safetensors"
+        yield (
+            file,
+            {
+                name: np.asarray(leaf).T if str(path[-1].key) == "kernel" else np.asarray(leaf)
+                for name, path, leaf in part
+            },
+        )
