@@ -84,6 +84,8 @@ class Scorer:
         self._kept = set() if run.rows is None else set(np.unique(np.asarray(run.rows.user)).tolist())
         self._numbers = {name: at for at, name in enumerate(run.vocabulary.users) if at in self._kept}
         self._seen = lru_cache(STATES_KEPT)(self._solve)
+        self._prior = run.prior()
+        self._pooled = bool(np.asarray(run.users.community_root).any())
 
     def __call__(self, questions: Sequence[Question]) -> list[Answer]:
         """Answer questions in their order. Raises ValueError where the run cannot read one of them."""
@@ -112,32 +114,31 @@ class Scorer:
         }
 
     def _score(self, questions: Sequence[Question]) -> list[Answer]:
-        whose = [self._state(question.user) for question in questions]
-        states = {name: state for name, state, _ in whose if name is not None and state is not None}
+        whose = [self._state(question) for question in questions]
         table = self._table(questions, [name for name, *_ in whose])
+        states = {name: state for name, state, _ in whose}
         scores = self._scoring.score(table, states).to_dict(as_series=False)
         answers, at = [], 0
-        for question, (_, _, source) in zip(questions, whose, strict=True):
+        for question, (*_, source) in zip(questions, whose, strict=True):
             part = {name: values[at : at + question.rows] for name, values in scores.items()}
             at += question.rows
             rewards = None
             if part["reward_first"][0] is not None:
                 rewards = [part["reward_first"][0], *part["reward_second"]][: len(question.responses)]
             others = len(question.responses) - 1
-            answers.append(Answer(
-                rewards, *(part[name][:others] for name in ("probability", "log_odds", "log_odds_std")),
-                user_source=source or part["user_source"][0],
-            ))  # fmt: skip
+            compared = (part[name][:others] for name in ("probability", "log_odds", "log_odds_std"))
+            answers.append(Answer(rewards, *compared, user_source=source))
         return answers
 
-    def _state(self, user: str | None) -> tuple[str | None, UserPosterior | None, str | None]:
-        """Name, state and source of a user; nothing for a stranger. Raw names are known by their pseudonyms."""
-        for name in () if not user else (user, self.run.known_as(user)):
+    def _state(self, question: Question) -> tuple[str, UserPosterior, str]:
+        """Name, state and source of a question's user; a stranger's name is "". Raw names are known by pseudonyms."""
+        for name in () if not question.user else (question.user, self.run.known_as(question.user)):
             if name in self._states:
                 return name, self._states[name], "adapted"
             if name in self._numbers:
                 return name, self._seen(name), "seen"
-        return None, None, None
+        known = self._pooled and question.community in self.run.vocabulary.communities
+        return "", self._prior, "community" if known else "population"
 
     def _solve(self, name: str) -> UserPosterior:
         """The state of one of the run's own users, from the rows that the run kept."""
@@ -148,7 +149,7 @@ class Scorer:
         unit = np.full(len(mine), number)
         return adapt_units(self.run.model, self.run.users, items, take(rows, mine), unit)[number]
 
-    def _table(self, questions: Sequence[Question], names: Sequence[str | None]) -> pl.DataFrame:
+    def _table(self, questions: Sequence[Question], names: Sequence[str]) -> pl.DataFrame:
         """The comparisons that questions ask for, then as many repetitions of the last as make the number round."""
         rows = [
             (question.prompt, question.responses[0], other, name, question.community)
@@ -163,11 +164,9 @@ class Scorer:
         column = self.run.experiment.community
         named = pl.Series(column, communities, pl.Utf8)
         if self._one is not None:  # this user departs from a community of their own
-            mine = pl.Series(users, dtype=pl.Utf8) == self._one.name
             own = self._one.prior.partition(":")[2] or None
-            named = named.zip_with(
-                (named.is_not_null() | ~mine).fill_null(True), pl.Series([own] * len(users), dtype=pl.Utf8)
-            )
+            mine = [own if user == self._one.name else None for user in users]
+            named = named.zip_with(named.is_not_null(), pl.Series(mine, dtype=pl.Utf8))
         return table.with_columns(
             pl.Series("user_id", users, pl.Utf8), named.alias(column), tie=pl.lit(False), target=pl.lit(0.5),
             weight=pl.lit(1.0), annotator_id=pl.lit(None, pl.Utf8), source=pl.lit(None, pl.Utf8),

@@ -44,7 +44,7 @@ def attribute_table():
 
 def decoder_run(folder, root, model=None, **options):
     """A run whose encoder was loaded from `folder` with `options`, and whose own folder is in `root`."""
-    load = partial(encoders.load, str(folder), **{"max_length": 24, **options})
+    load = partial(encoders.load, str(folder), **{"max_length": 16, **options})
     encoder = load()
     made = handmade(attribute_table(), (model or partial(LowRank.init, rank=3))(key=jax.random.key(1), dim=encoder.dim))
     place = registry.create(root, ("low_rank", "words"), {}, data_fingerprint="5ca1ab1e")

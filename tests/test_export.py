@@ -97,7 +97,7 @@ def test_the_head_on_our_own_embeddings_gives_our_rewards(made):
     table = word_pairs(64)
     head = load_file(out / "model.safetensors")["score.weight"]
     assert head.shape == (1, run.encoder.dim)
-    again = encoders.load(out, max_length=24)  # the exported folder is read here too
+    again = encoders.load(out, max_length=16)  # the exported folder is read here too
     embedding = encode_texts(again, [response for _, response in texts(table)], cache=False)
     expected = said_here(run, user, table)
     np.testing.assert_allclose(embedding @ head[0] + fold(run, user).constant, expected, atol=1e-4)
@@ -310,19 +310,21 @@ def features(run, **options):
     return Features.fit(np.eye(run.encoder.dim, dtype=np.float32), np.arange(1.0, run.encoder.dim + 1), **options)
 
 
+LINEAR = (("linear", 16),)
 REFUSED = [
-    ({}, partial(IdealPoint.init, point=4), "a distance from an ideal point"),
-    ({}, partial(linear, hidden=(4,)), "its MLP is not linear"),
-    ({}, partial(LowRank.init, hidden=(4,)), "its basis is an MLP"),
-    ({}, partial(BradleyTerry.init, items=3), "3 responses have effects of their own; --drop-item-effects"),
-    ({"pooling": "mean"}, linear, "its encoder has mean pooling; fit with --set encoder.pooling=last"),
-    ({"normalise": True}, linear, "last pooling and normalised embeddings"),
+    ({}, IdealPoint((), np.zeros((2, 16)), np.zeros(())), "a distance from an ideal point"),
+    ({}, BradleyTerry(({}, {}), LINEAR, 0), "its MLP is not linear"),
+    ({}, LowRank(({}, {}), 3), "its basis is an MLP"),
+    ({}, BradleyTerry(None, LINEAR, 3), "3 responses have effects of their own; --drop-item-effects"),
+    ({"pooling": "mean"}, None, "its encoder has mean pooling; fit with --set encoder.pooling=last"),
+    ({"normalise": True}, None, "last pooling and normalised embeddings"),
 ]
 
 
 @pytest.mark.parametrize(("options", "model", "reason"), REFUSED)
-def test_a_run_that_does_not_fold_says_why_and_what_to_do(options, model, reason, folder, tmp_path):
-    run = decoder_run(folder, tmp_path / "runs", model, **options)
+def test_a_run_that_does_not_fold_says_why_and_what_to_do(options, model, reason, made, tmp_path):
+    run = made[0]
+    run = replace(run, encoder=run.encoder.replace(**options), model=model or run.model)
     with pytest.raises(ExportError, match=reason) as error:
         export(run, tmp_path / "out")
     assert "; score it with `pluralprefs score`, or over HTTP with `pluralprefs serve`" in str(error.value)
