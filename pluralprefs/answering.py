@@ -23,6 +23,7 @@ from pluralprefs.attributes.source import Predicted
 from pluralprefs.data.ids import MESSAGES, content_ids
 from pluralprefs.encoders.attributes import AttributeEncoder
 from pluralprefs.fitting import step_up, take
+from pluralprefs.registry.environment import package_versions
 from pluralprefs.types import UserPosterior
 
 if TYPE_CHECKING:
@@ -99,8 +100,6 @@ class Scorer:
 
     def info(self) -> dict[str, Any]:
         """What is served, without names of users."""
-        import pluralprefs
-
         return {
             "run": self.run.folder.name,
             "family": self.run.experiment.name,
@@ -110,7 +109,7 @@ class Scorer:
             "max_length": self.run.encoder.renderer.max_length,
             "users": len(self._states.keys() | self._numbers.keys()),
             "communities": len(self.run.vocabulary.communities),
-            "version": pluralprefs.__version__,
+            "version": package_versions().get("pluralprefs"),
         }
 
     def _score(self, questions: Sequence[Question]) -> list[Answer]:

@@ -11,6 +11,7 @@ import jax
 import numpy as np
 
 from pluralprefs.encoders.tokens import Renderer, Text
+from pluralprefs.registry.environment import package_versions
 from pluralprefs.registry.files import RegistryError
 from pluralprefs.results import results_table
 
@@ -98,14 +99,12 @@ def model_card(run: Run, user: AdaptedUser, renderer: Renderer, *, base: str, co
     `renderer` is that of the exported tokenizer, `constant` what the head has no place for; `dropped` says that effects
     of single responses were left out.
     """
-    import pluralprefs
-
     about, personal = run.folder.read(), _personal(user)
     return PAGE.format(
         base=f"base_model: {base}\n" if base else "",
         whose=_whose(user, personal),
         what=_what(user, personal),
-        version=pluralprefs.__version__,
+        version=package_versions().get("pluralprefs", ""),
         family=about.get("model"),
         date=str(about.get("created"))[:10],
         code=loading(run.encoder, renderer),
