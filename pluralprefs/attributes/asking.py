@@ -22,9 +22,9 @@ from typing import Any, NamedTuple
 
 from pluralprefs.attributes.kept import Kept
 from pluralprefs.attributes.teacher import (
+    CHARACTERS_PER_TOKEN,
     NOTHING,
     Answer,
-    Rewrite,
     ServerError,
     SetupError,
     Task,
@@ -36,7 +36,6 @@ from pluralprefs.attributes.teacher import (
 )
 from pluralprefs.registry.files import append_lines
 
-CHARACTERS_PER_TOKEN = 4  # a rule of thumb for English; estimates use it, the cost limit does not
 FAILURES_IN_A_ROW = 20  # of the server, not of tasks
 BLOCK = 4096  # tasks held at once
 Price = tuple[float, float]  # of a million prompt tokens and of a million completion tokens
@@ -116,7 +115,7 @@ def estimate(
 ) -> Estimate:
     """Say what `ask_all` would ask and cost, without asking.
 
-    Tokens are characters / 4, and a rewrite is taken to be as long as its text. A teacher that is not paid costs 0.
+    Tokens are characters / 4, and a reply is as long as its task expects. A teacher that is not paid costs 0.
     """
     calls = cached = repeated = 0
     total, most = NOTHING, NOTHING
@@ -328,8 +327,7 @@ def _row(key: str, task: Task, answer: Answer) -> Mapping[str, Any]:
 
 def _likely(task: Task) -> Usage:
     asked = sum(len(message["content"]) for message in messages(task))
-    said = min(len(task.text) // CHARACTERS_PER_TOKEN + 8, task.max_tokens) if isinstance(task, Rewrite) else 8
-    return Usage(1, asked // CHARACTERS_PER_TOKEN, said)
+    return Usage(1, asked // CHARACTERS_PER_TOKEN, min(task.expected(), task.max_tokens))
 
 
 @contextmanager

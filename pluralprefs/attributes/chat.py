@@ -23,7 +23,6 @@ from urllib.parse import urlsplit
 
 from pluralprefs.attributes.teacher import (
     Answer,
-    Rewrite,
     ServerError,
     SetupError,
     Task,
@@ -181,13 +180,13 @@ class ChatTeacher:
         message, ended = choice["message"], choice.get("finish_reason")
         if message.get("refusal") or ended == "content_filter":
             raise TeacherError(f"{task}: refused ({self._hide(message.get('refusal') or ended)}); left out", used)
-        if ended == "length" and isinstance(task, Rewrite):
+        if ended == "length" and task.writes:
             most = f"{self._most(task).completion_tokens} tokens"
             raise TeacherError(f"{task}: cut off at {most}; shorten the text, or leave it out", used)
         answer = parse(task, self._hide(message.get("content") or "", longest=None))
-        if isinstance(task, Rewrite) and not answer.readable:
+        if task.writes and not answer.readable:
             raise Fault(
-                f'reply is not {{"rewrite": "..."}}: {self._hide(message["content"])}', used, None, TeacherError
+                f"reply is not the object asked for: {self._hide(message['content'])}", used, None, TeacherError
             )
         return replace(answer, usage=used)
 

@@ -12,7 +12,7 @@ import re
 from hashlib import blake2b
 from typing import Literal, get_args
 
-from pluralprefs.attributes.teacher import Answer, Judge, Rewrite, Task, TeacherError, Usage
+from pluralprefs.attributes.teacher import Answer, Judge, Preserved, Rewrite, Task, TeacherError, Usage
 from pluralprefs.data.lexicon.express import CONTRACTIONS, express
 from pluralprefs.data.lexicon.phrases import CATALOG
 
@@ -32,12 +32,14 @@ class LexiconTeacher:
         self.name = f"lexicon {lexicon} {phrases} seed {seed}"
 
     def ask(self, task: Task) -> Answer:
-        """Answer a task at no cost; TeacherError where a rewrite needs an attribute that the lexicon lacks."""
+        """Answer a task at no cost; TeacherError where the lexicon lacks an attribute, or what a task asks for."""
         if isinstance(task, Rewrite):
             return Answer(text=self._rewrite(task))
         if isinstance(task, Judge):
             return _judge(task)
-        return Answer(score=kept(task.original, task.rewrite))
+        if isinstance(task, Preserved):
+            return Answer(score=kept(task.original, task.rewrite))
+        raise TeacherError(f"{task}: the lexicon rewrites and judges texts, no more; name a chat server")
 
     def bound(self, task: Task) -> Usage:
         """Return zero: nothing is called and nothing paid."""

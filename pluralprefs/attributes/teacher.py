@@ -2,7 +2,8 @@
 
 A teacher is a language model (`chat`) or the offline lexicon (`lexicon_teacher`). It rewrites a response at one of five
 levels of an attribute (the counterfactuals of PrefPalette, arXiv 2507.13541), says which of two texts stands higher or
-lower on it, and says how far a rewrite kept the meaning. The wording is ours.
+lower on it, and says how far a rewrite kept the meaning. The wording is ours. Anything else with the methods of `Task`
+can be asked as well (`personas.tasks`).
 
 Texts come from strangers, so they are data and never instructions: each stands in a block whose tag carries a nonce
 that occurs in no text of the task, the system message says what a block is, and a reply counts only if it is the JSON
@@ -16,9 +17,11 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 from hashlib import sha256
-from typing import Any, ClassVar, Literal, NamedTuple, Protocol
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol, TypeGuard
 
 Verdict = Literal["first", "second"]
+CHARACTERS_PER_TOKEN = 4  # a rule of thumb for English; estimates use it, the cost limit does not
+SHORT_REPLY = 8  # tokens of a verdict or a score
 
 
 class AttributeLike(Protocol):
@@ -36,6 +39,41 @@ class AttributeLike(Protocol):
     def levels(self) -> tuple[str, ...]: ...
 
 
+class Task(Protocol):
+    """Something to ask. `str` names it in errors.
+
+    writes: the reply is a text, which a token limit may cut and which is asked for again where it cannot be read.
+    templates: hash of the wording, part of the cache's keys: a changed word asks anew.
+    """
+
+    temperature: ClassVar[float]
+    max_tokens: ClassVar[int]
+    writes: ClassVar[bool]
+
+    @property
+    def templates(self) -> str: ...
+
+    def texts(self) -> Mapping[str, str]:
+        """Return what strangers wrote, by name: each stands in a block of its own."""
+        ...
+
+    def wording(self, blocks: Mapping[str, str]) -> str:
+        """Return what is asked, with the blocks of `texts` in their places."""
+        ...
+
+    def read(self, content: str) -> Answer:
+        """Read a reply; an Answer that says nothing where it is not what was asked for."""
+        ...
+
+    def content(self) -> Mapping[str, Any]:
+        """Return all that decides an answer beside teacher, sampling and wording, as plain JSON."""
+        ...
+
+    def expected(self) -> int:
+        """Return the tokens of a likely reply."""
+        ...
+
+
 @dataclass(frozen=True)
 class Rewrite:
     """Say `text`, an answer to `prompt`, at `level` (0..4) of one attribute, and change nothing else."""
@@ -46,6 +84,7 @@ class Rewrite:
     prompt: str = ""
     temperature: ClassVar[float] = 1.0
     max_tokens: ClassVar[int] = 512
+    writes: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if self.level not in range(5) or len(self.attribute.levels) != 5:
@@ -55,7 +94,31 @@ class Rewrite:
             )
 
     def __str__(self) -> str:
-        return f"rewrite of {_excerpt(self.text)} at {self.attribute.name} level {self.level}"
+        return f"rewrite of {excerpt(self.text)} at {self.attribute.name} level {self.level}"
+
+    @property
+    def templates(self) -> str:
+        return TEMPLATE_VERSION
+
+    def texts(self) -> Mapping[str, str]:
+        return {"text": self.text, "prompt": self.prompt}
+
+    def wording(self, blocks: Mapping[str, str]) -> str:
+        levels = self.attribute.levels
+        listed = "\n".join(f"{number}. {level}" for number, level in enumerate(levels, start=1))
+        stand = {"levels": listed, "number": self.level + 1, "level": levels[self.level]}
+        asked = REWRITE.format(block=blocks["text"], name=self.attribute.name, **stand)
+        return _parts(AXIS.format(**_axis(self.attribute)), _context(self, blocks), asked)
+
+    def read(self, content: str) -> Answer:
+        text = value(content, "rewrite")
+        return Answer(text=text.strip() if usable(text, self) else None)
+
+    def content(self) -> Mapping[str, Any]:
+        return _fields(self) | {"attribute": _levels_too(self.attribute)}
+
+    def expected(self) -> int:
+        return len(self.text) // CHARACTERS_PER_TOKEN + 8
 
 
 @dataclass(frozen=True)
@@ -70,14 +133,37 @@ class Judge:
     prompt: str = ""
     temperature: ClassVar[float] = 0.0
     max_tokens: ClassVar[int] = 32
+    writes: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         if (self.direction, self.phrasing) not in QUESTIONS:
             raise ValueError(f"{self.direction!r}, {self.phrasing!r}: ask 'higher' or 'lower', in phrasing 0 or 1")
 
     def __str__(self) -> str:
-        texts = f"{_excerpt(self.first)} and {_excerpt(self.second)}"
+        texts = f"{excerpt(self.first)} and {excerpt(self.second)}"
         return f"judgement of {texts}: {self.direction} {self.attribute.name}"
+
+    @property
+    def templates(self) -> str:
+        return TEMPLATE_VERSION
+
+    def texts(self) -> Mapping[str, str]:
+        return {"first": self.first, "second": self.second, "prompt": self.prompt}
+
+    def wording(self, blocks: Mapping[str, str]) -> str:
+        axis = _axis(self.attribute)
+        question = QUESTIONS[self.direction, self.phrasing].format(**axis)
+        asked = JUDGE.format(first=blocks["first"], second=blocks["second"], question=question)
+        return _parts(AXIS.format(**axis), _context(self, blocks), asked)
+
+    def read(self, content: str) -> Answer:
+        return Answer(verdict=verdict(content))
+
+    def content(self) -> Mapping[str, Any]:
+        return _fields(self) | {"attribute": _levels_too(self.attribute)}
+
+    def expected(self) -> int:
+        return SHORT_REPLY
 
 
 @dataclass(frozen=True)
@@ -89,12 +175,30 @@ class Preserved:
     prompt: str = ""
     temperature: ClassVar[float] = 0.0
     max_tokens: ClassVar[int] = 32
+    writes: ClassVar[bool] = False
 
     def __str__(self) -> str:
-        return f"meaning kept from {_excerpt(self.original)} to {_excerpt(self.rewrite)}"
+        return f"meaning kept from {excerpt(self.original)} to {excerpt(self.rewrite)}"
 
+    @property
+    def templates(self) -> str:
+        return TEMPLATE_VERSION
 
-Task = Rewrite | Judge | Preserved
+    def texts(self) -> Mapping[str, str]:
+        return {"original": self.original, "rewrite": self.rewrite, "prompt": self.prompt}
+
+    def wording(self, blocks: Mapping[str, str]) -> str:
+        return _parts(_context(self, blocks), PRESERVED.format(original=blocks["original"], rewrite=blocks["rewrite"]))
+
+    def read(self, content: str) -> Answer:
+        number = str(value(content, "score", word=True))
+        return Answer(score=(int(number) - 1) / 4 if number in {"1", "2", "3", "4", "5"} else None)
+
+    def content(self) -> Mapping[str, Any]:
+        return _fields(self)
+
+    def expected(self) -> int:
+        return SHORT_REPLY
 
 
 class Usage(NamedTuple):
@@ -118,7 +222,7 @@ NOTHING = Usage()
 
 @dataclass(frozen=True)
 class Answer:
-    """What a teacher said: a text (Rewrite), a verdict (Judge) or a score (Preserved); None where it could not be read.
+    """What a teacher said: a text, a verdict or a score, as the task asks; None where it could not be read.
 
     failure: why there is none, in one line, where the teacher failed. cached: read from the cache, not asked now.
     """
@@ -210,27 +314,23 @@ def messages(task: Task) -> list[dict[str, str]]:
     >>> [message["role"] for message in chat], chat[1]["content"].count("<text-")
     (['system', 'user'], 2)
     """
-    blocks = _blocks(task)
-    parts = [] if isinstance(task, Preserved) else [AXIS.format(**_axis(task.attribute))]
-    parts += [CONTEXT.format(block=blocks["prompt"])] if task.prompt else []
-    parts.append(_asked(task, blocks))
-    return [{"role": "system", "content": SYSTEM}, {"role": "user", "content": "\n\n".join(parts)}]
+    return [{"role": "system", "content": SYSTEM}, {"role": "user", "content": task.wording(_blocks(task))}]
 
 
-def _asked(task: Task, blocks: Mapping[str, str]) -> str:
-    if isinstance(task, Preserved):
-        return PRESERVED.format(original=blocks["original"], rewrite=blocks["rewrite"])
-    if isinstance(task, Judge):
-        question = QUESTIONS[task.direction, task.phrasing].format(**_axis(task.attribute))
-        return JUDGE.format(first=blocks["first"], second=blocks["second"], question=question)
-    levels = task.attribute.levels
-    listed = "\n".join(f"{number}. {level}" for number, level in enumerate(levels, start=1))
-    stand = {"levels": listed, "number": task.level + 1, "level": levels[task.level]}
-    return REWRITE.format(block=blocks["text"], name=task.attribute.name, **stand)
+def _parts(*parts: str) -> str:
+    return "\n\n".join(part for part in parts if part)
+
+
+def _context(task: Rewrite | Judge | Preserved, blocks: Mapping[str, str]) -> str:
+    return CONTEXT.format(block=blocks["prompt"]) if task.prompt else ""
 
 
 def _axis(attribute: AttributeLike) -> dict[str, str]:
     return {key: getattr(attribute, key) for key in ("name", "low", "high", "definition")}
+
+
+def _levels_too(attribute: AttributeLike) -> list[str]:
+    return [*_axis(attribute).values(), *attribute.levels]
 
 
 def parse(task: Task, content: str) -> Answer:
@@ -240,43 +340,29 @@ def parse(task: Task, content: str) -> Answer:
     >>> parse(judge, '{"score": 4}').score, parse(judge, "4").score, parse(judge, "4 of 5").score
     (0.75, 0.75, None)
     """
-    if isinstance(task, Rewrite):
-        text = _value(content, "rewrite")
-        return Answer(text=text.strip() if _usable(text, task) else None)
-    if isinstance(task, Judge):
-        word = _value(content, "answer", word=True)
-        chosen = word.lower() if isinstance(word, str) else None
-        return Answer(verdict=chosen if chosen == "first" or chosen == "second" else None)
-    number = str(_value(content, "score", word=True))
-    return Answer(score=(int(number) - 1) / 4 if number in {"1", "2", "3", "4", "5"} else None)
+    return task.read(content)
 
 
 def task_key(teacher: str, task: Task) -> str:
-    """Return the content address of a task for a teacher: SHA-256 of its name, the task's fields and the templates."""
-    content: dict[str, Any] = {field.name: getattr(task, field.name) for field in fields(task)}
-    if not isinstance(task, Preserved):
-        axis = task.attribute
-        content["attribute"] = [*_axis(axis).values(), *axis.levels]
-    content |= {"task": type(task).__name__, "sampling": [task.temperature, task.max_tokens]}
-    content |= {"teacher": teacher, "templates": TEMPLATE_VERSION}
+    """Return the content address of a task for a teacher: SHA-256 of its name, the task's content and the templates."""
+    content = {**task.content(), "task": type(task).__name__, "sampling": [task.temperature, task.max_tokens]}
+    content |= {"teacher": teacher, "templates": task.templates}
     return sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def _texts(task: Task) -> dict[str, str]:
-    """What strangers wrote: every string among the fields but Judge's direction."""
-    values = {field.name: getattr(task, field.name) for field in fields(task) if field.name != "direction"}
-    return {name: value for name, value in values.items() if isinstance(value, str)}
+def _fields(task: Rewrite | Judge | Preserved) -> dict[str, Any]:
+    return {field.name: getattr(task, field.name) for field in fields(task)}
 
 
 def _blocks(task: Task) -> dict[str, str]:
-    texts = _texts(task)
+    texts = task.texts()
     tags = zip(texts, _tags(task), strict=True)
     return {name: f"<{tag}>\n{texts[name]}\n</{tag}>" for name, tag in tags}
 
 
 def _tags(task: Task) -> Iterator[str]:
     """One tag a text. The nonce hashes all texts, so that equal tasks give equal prompts, until it occurs in none."""
-    texts = _texts(task)
+    texts = task.texts()
     for name in texts:
         seed = json.dumps([name, texts])
         nonce = sha256(seed.encode()).hexdigest()[:16]
@@ -286,8 +372,19 @@ def _tags(task: Task) -> Iterator[str]:
         yield f"text-{nonce}"
 
 
-def _value(content: str, key: str, word: bool = False) -> Any:
-    """The value in an object with this one key; else, if a word will do, the reply itself; else None."""
+def verdict(content: str) -> Verdict | None:
+    """Return the verdict of a reply: {"answer": "first"}, or the one word; None for anything else.
+
+    >>> verdict('{"answer": "first"}'), verdict("Second."), verdict("the first one")
+    ('first', 'second', None)
+    """
+    word = value(content, "answer", word=True)
+    chosen = word.lower() if isinstance(word, str) else None
+    return chosen if chosen == "first" or chosen == "second" else None
+
+
+def value(content: str, key: str, word: bool = False) -> Any:
+    """Return the value in an object with this one key; else, if a word will do, the reply itself; else None."""
     content = content.strip()
     fenced = re.fullmatch(r"```(?:json)?\s*(.*?)\s*```", content, re.DOTALL)
     content = fenced[1] if fenced else content
@@ -308,12 +405,13 @@ def _single(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return dict(pairs)
 
 
-def _usable(text: Any, task: Rewrite) -> bool:
-    """A text with something in it that can be stored, and without our tags copied into it."""
+def usable(text: Any, task: Task) -> TypeGuard[str]:
+    """Say whether a reply holds a text with something in it that can be stored, and without our tags copied into it."""
     if not isinstance(text, str) or not text.strip() or any(tag in text for tag in _tags(task)):
         return False
     return not any("\ud800" <= character <= "\udfff" for character in text)  # half of an emoji: not UTF-8
 
 
-def _excerpt(text: str, longest: int = 40) -> str:
+def excerpt(text: str, longest: int = 40) -> str:
+    """Return the beginning of a text, quoted, for an error."""
     return repr(text if len(text) <= longest else text[: longest - 1] + "…")
