@@ -12,82 +12,28 @@ kept there as they come, so that a command that was stopped is run again and goe
 
 from __future__ import annotations
 
-from contextlib import closing, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from pluralprefs.teacher_cli import Asking, Concurrency, Debug, DryRun, MaxCost, Model, Prices, Rate, TeacherName
 from pluralprefs.terminal import plainly, say
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Mapping
 
     import polars as pl
 
     from pluralprefs.attributes.catalog import Attribute
-    from pluralprefs.attributes.teacher import Task, Teacher
+    from pluralprefs.attributes.teacher import Teacher
 
 attributes_app = typer.Typer(
     no_args_is_help=True, help="Latent attributes of texts: counterfactuals, their verification, predictors, scores."
 )
 
-CACHE = "answers.jsonl"
 Folder = Annotated[Path, typer.Option(help="Folder of all tables.")]
-TeacherName = Annotated[
-    str,
-    typer.Option("--teacher", envvar="PLURALPREFS_TEACHER", help='"lexicon" (offline) or address of a chat server.'),
-]
-Model = Annotated[str | None, typer.Option(envvar="PLURALPREFS_TEACHER_MODEL", help="Model of the chat server.")]
-Prices = Annotated[str | None, typer.Option("--price", help="Of a million prompt and completion tokens: 0.5,1.5")]
-MaxCost = Annotated[float | None, typer.Option(help="Stop before this pass could cost more; needs --price.")]
-Concurrency = Annotated[int, typer.Option(help="Calls at once.")]
-Rate = Annotated[float | None, typer.Option(help="New calls a second, at most.")]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be asked and what it costs; ask nothing.")]
 Named = Annotated[str | None, typer.Option("--attributes", help="Some of the attributes: politeness,security")]
-Debug = Annotated[bool, typer.Option(help="Show tracebacks.")]
-
-
-class Asking(NamedTuple):
-    """Who is asked, and within which limits."""
-
-    teacher: str
-    model: str | None
-    price: str | None
-    max_cost: float | None
-    concurrency: int
-    rate: float | None
-
-    def options(self, folder: Path) -> dict[str, Any]:
-        """Return what `ask_all` is told."""
-        return {
-            "cache": folder / CACHE, "concurrency": self.concurrency, "requests_per_second": self.rate,
-            "max_cost": self.max_cost, "price": self.prices(),
-        }  # fmt: skip
-
-    def prices(self) -> tuple[float, float] | None:
-        """Return the two prices of --price."""
-        if self.price is None:
-            return None
-        try:
-            prompt, completion = (float(part) for part in self.price.split(","))
-        except ValueError:
-            raise ValueError(f"--price {self.price!r}: give two numbers, as 0.5,1.5") from None
-        return prompt, completion
-
-    def open(self, phrases: Any = "train", seed: int = 0) -> Any:
-        """Return a context that gives the teacher; `phrases` and `seed` are the lexicon's."""
-        if self.teacher == "lexicon":
-            from pluralprefs.attributes.lexicon_teacher import LexiconTeacher
-
-            return nullcontext(LexiconTeacher(phrases, seed))
-        if not self.teacher.startswith(("http://", "https://")):
-            raise ValueError(f"--teacher {self.teacher!r}: use lexicon, or an address such as http://localhost:8000/v1")
-        if not self.model:
-            raise ValueError(f"--teacher {self.teacher}: name its model with --model")
-        from pluralprefs.attributes.chat import ChatTeacher
-
-        return closing(ChatTeacher(self.teacher, self.model))
 
 
 @attributes_app.command(
@@ -121,16 +67,16 @@ def rewrite(
     chosen = known.choose(attributes.split(","), whole) if attributes else whole
     responses = with_folds(_responses(data, per_community, seed))
     asking = Asking(teacher, model, price, max_cost, concurrency, rate)
-    with asking.open("fit", seed) as first:
+    with asking.open(lambda: _lexicon("fit", seed)) as first:
         others = _phrases_apart(seed) if teacher == "lexicon" else None
         if dry_run:
             tasks = rewrite_tasks(responses, chosen)
             each = teachers(responses, len(chosen) * known.LEVELS, first, others)
             for name, one in {one.name: one for one in each}.items():
                 mine = (task for task, other in zip(tasks, each, strict=True) if other.name == name)
-                _estimate(one, mine, folder, asking)
+                asking.tell_estimate(one, mine, folder)
             return
-        table = rewrites(responses, chosen, first, others=others, tell=say, **_made(folder, asking))
+        table = rewrites(responses, chosen, first, others=others, tell=say, **asking.options(folder))
     _write(folder, responses=responses, rewrites=table)
     _write_attributes(folder, chosen)
     _show(table.group_by("attribute").len("rewrites").sort("attribute"), "Rewrites")
@@ -161,11 +107,11 @@ def verify(
     responses, table = _read(folder, "responses", "rewrite"), _read(folder, "rewrites", "rewrite")
     chosen = known.load(folder / "attributes.json")
     asking = Asking(teacher, model, price, max_cost, concurrency, rate)
-    with asking.open("all") as one:
+    with asking.open(lambda: _lexicon("all")) as one:
         if dry_run:
-            _estimate(one, judging_tasks(responses, table, chosen), folder, asking)
+            asking.tell_estimate(one, judging_tasks(responses, table, chosen), folder)
             return
-        judged = judge(responses, table, chosen, one, tell=say, **_made(folder, asking))
+        judged = judge(responses, table, chosen, one, tell=say, **asking.options(folder))
     pairs = verified(judged.rewrites, judged.judgements, threshold, preserved)
     rows = report(pairs, judged.judgements)
     _write(folder, judgements=judged.judgements, verified=pairs, report=rows)
@@ -254,14 +200,17 @@ def embed(
     say(f"{responses.height} responses by {len(found.names)} attributes written to {folder / 'store'}")
 
 
+def _lexicon(phrases: Any, seed: int = 0) -> Teacher:
+    from pluralprefs.attributes.lexicon_teacher import LexiconTeacher
+
+    return LexiconTeacher(phrases, seed)
+
+
 def _phrases_apart(seed: int) -> Mapping[str, Teacher]:
     """Teachers of the folds that the lexicon answers in phrases of their own."""
     from pluralprefs.attributes.folds import HELDOUT, VALIDATION
-    from pluralprefs.attributes.lexicon_teacher import LexiconTeacher
 
-    return {VALIDATION: LexiconTeacher("validation", seed)} | {
-        fold: LexiconTeacher("heldout", seed) for fold in HELDOUT
-    }
+    return {VALIDATION: _lexicon("validation", seed)} | {fold: _lexicon("heldout", seed) for fold in HELDOUT}
 
 
 def _responses(data: Path | None, per_community: int, seed: int) -> pl.DataFrame:
@@ -294,17 +243,6 @@ def _all_responses(data: Path) -> pl.DataFrame:
     items = item_table(read(data, labelled=False))
     texts = pl.Series("text", [plain(text) for text in items["text"].to_list()], dtype=pl.Utf8)
     return items.select(pl.col("item_key").alias("response_id")).with_columns(texts)
-
-
-def _estimate(teacher: Teacher, tasks: Iterable[Task], folder: Path, asking: Asking) -> None:
-    from pluralprefs.attributes.asking import estimate
-
-    say(f"{teacher.name}: {estimate(teacher, tasks, cache=folder / CACHE, price=asking.prices())}")
-
-
-def _made(folder: Path, asking: Asking) -> dict[str, Any]:
-    folder.mkdir(parents=True, exist_ok=True)
-    return asking.options(folder)
 
 
 def _levels(text: str) -> tuple[int, int] | None:

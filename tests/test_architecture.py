@@ -17,7 +17,7 @@ FLOORS = [
     "contrasts results",
     "models encoders data registry baselines",
     "users attributes",
-    "newton blas",
+    "newton blas personas",
     "adapt train",
     "fitting",
     "adapting",  # lazily, adapting and pooling may import each other
@@ -27,8 +27,8 @@ FLOORS = [
     "profiles asking choosing user_shards",
     "experiment",
     "run plots",
-    "launch answering model_card",
-    "export serve sweep report attributes_cli deploy_cli registry_cli users_cli wandb_cli",
+    "launch answering model_card teacher_cli",
+    "export serve sweep report attributes_cli deploy_cli personas_cli registry_cli users_cli wandb_cli",
     "cli",
     "__init__",
 ]
