@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from pluralprefs.teacher_cli import Asking, Concurrency, Debug, DryRun, MaxCost, Model, Prices, Rate, TeacherName
-from pluralprefs.terminal import plainly, say
+from pluralprefs.terminal import plainly, say, show
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -79,7 +79,7 @@ def rewrite(
         table = rewrites(responses, chosen, first, others=others, tell=say, **asking.options(folder))
     _write(folder, responses=responses, rewrites=table)
     _write_attributes(folder, chosen)
-    _show(table.group_by("attribute").len("rewrites").sort("attribute"), "Rewrites")
+    show(table.group_by("attribute").len("rewrites").sort("attribute"), "Rewrites")
     say(f"{table.height} rewrites of {responses.height} responses written to {folder}")
 
 
@@ -115,7 +115,7 @@ def verify(
     pairs = verified(judged.rewrites, judged.judgements, threshold, preserved)
     rows = report(pairs, judged.judgements)
     _write(folder, judgements=judged.judgements, verified=pairs, report=rows)
-    _show(rows.filter(rows["gap"].is_null()).drop("gap", "judgements", "readable"), "Verification, over all gaps")
+    show(rows.filter(rows["gap"].is_null()).drop("gap", "judgements", "readable"), "Verification, over all gaps")
     say(f"{pairs['kept'].sum()} of {pairs.height} pairs kept; gap by gap in {folder / 'report.parquet'}")
 
 
@@ -134,7 +134,7 @@ def pairs(
     apart = _levels(levels)
     table = ordered_pairs(_read(folder, "verified", "verify"), _read(folder, "responses", "rewrite"), apart)
     _write(folder, pairs=table)
-    _show(table.group_by("split").agg(pl.len().alias("pairs"), responses=pl.col("response_id").n_unique()), "Pairs")
+    show(table.group_by("split").agg(pl.len().alias("pairs"), responses=pl.col("response_id").n_unique()), "Pairs")
     say(f"{table.height} pairs written to {folder / 'pairs.parquet'}")
 
 
@@ -170,9 +170,9 @@ def train(
     _write(folder, accuracy=rows)
     tested = rows.filter(~pl.col("split").is_in(["train", "validation"]))
     far = tested.filter(pl.col("gap") == -2)
-    _show(_by_split(far, "attribute"), "Accuracy on held-out pairs two or more levels apart [95 %]")
+    show(_by_split(far, "attribute"), "Accuracy on held-out pairs two or more levels apart [95 %]")
     gaps = tested.filter(pl.col("attribute").is_null() & (pl.col("gap") > 0)).sort("gap")
-    _show(_by_split(gaps, "gap"), "All attributes, by levels apart")
+    show(_by_split(gaps, "gap"), "All attributes, by levels apart")
     say(f"{len(found.names)} predictors written to {folder / 'predictors.safetensors'}; every gap in accuracy.parquet")
 
 
@@ -196,7 +196,7 @@ def embed(
     write_store(folder / "store", responses["response_id"].to_list(), features, found)
     scores = pl.DataFrame(found.scores(features), schema=list(found.names))
     spread = [(name, scores[name].mean(), scores[name].std()) for name in found.names]
-    _show(pl.DataFrame(spread, schema=["attribute", "mean", "deviation"], orient="row"), "Scores, -1 (low) to 1 (high)")
+    show(pl.DataFrame(spread, schema=["attribute", "mean", "deviation"], orient="row"), "Scores, -1 (low) to 1 (high)")
     say(f"{responses.height} responses by {len(found.names)} attributes written to {folder / 'store'}")
 
 
@@ -284,19 +284,6 @@ def _write_attributes(folder: Path, attributes: Mapping[str, Attribute]) -> None
     write_json(folder / "attributes.json", {"attributes": [asdict(attribute) for attribute in attributes.values()]})
 
 
-def _show(table: pl.DataFrame, title: str) -> None:
-    """Print a small table; an attribute that is null stands for all."""
-    from rich.console import Console
-    from rich.table import Table
-
-    shown = Table(title=title, title_justify="left")
-    for name, dtype in table.schema.items():
-        shown.add_column(name, justify="right" if dtype.is_numeric() else "left", overflow="fold")
-    for row in table.iter_rows(named=True):
-        shown.add_row(*(_cell(name, value) for name, value in row.items()))
-    Console().print(shown)
-
-
 def _by_split(rows: pl.DataFrame, line: str) -> pl.DataFrame:
     """Accuracy with its interval, one column a split."""
     import polars as pl
@@ -307,9 +294,3 @@ def _by_split(rows: pl.DataFrame, line: str) -> pl.DataFrame:
         cells = found.setdefault(row[line], {line: row[line], **dict.fromkeys(splits, "–")})
         cells[row["split"]] = f"{row['accuracy']:.3f} [{row['ci_low']:.3f}, {row['ci_high']:.3f}]"
     return pl.DataFrame(list(found.values()), schema_overrides={line: rows.schema[line]})
-
-
-def _cell(name: str, value: object) -> str:
-    if value is None:
-        return "all" if name == "attribute" else "–"
-    return f"{value:.3f}" if isinstance(value, float) else str(value)

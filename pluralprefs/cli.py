@@ -13,6 +13,7 @@ import typer
 
 from pluralprefs.attributes_cli import attributes_app
 from pluralprefs.deploy_cli import export, serve
+from pluralprefs.personas_cli import personas_app
 from pluralprefs.registry_cli import runs_app
 from pluralprefs.terminal import plainly, say, warn
 from pluralprefs.users_cli import ask, choose, suggest
@@ -32,6 +33,7 @@ app = typer.Typer(
 data_app = typer.Typer(no_args_is_help=True, help="Look at comparison files.")
 app.add_typer(data_app, name="data")
 app.add_typer(attributes_app, name="attributes")
+app.add_typer(personas_app, name="personas")
 app.add_typer(runs_app, name="runs")
 app.add_typer(wandb_app, name="wandb")
 

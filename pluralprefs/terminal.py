@@ -5,9 +5,14 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from functools import wraps
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import typer
+
+if TYPE_CHECKING:
+    import polars as pl
+
+ALL = ("attribute", "user_id", "other_id")  # columns in which null stands for all
 
 
 def say(text: str) -> None:
@@ -18,6 +23,27 @@ def say(text: str) -> None:
 def warn(text: str) -> None:
     """Write a line to standard error."""
     typer.echo(f"pluralprefs: {text}", err=True)
+
+
+def show(table: pl.DataFrame, title: str) -> None:
+    """Print a small table; an attribute or a user that is null stands for all."""
+    from rich.console import Console
+    from rich.table import Table
+
+    shown = Table(title=title, title_justify="left")
+    for name, dtype in table.schema.items():
+        shown.add_column(name, justify="right" if dtype.is_numeric() else "left", overflow="fold")
+    for row in table.iter_rows(named=True):
+        shown.add_row(*(_cell(name, value) for name, value in row.items()))
+    Console().print(shown)
+
+
+def _cell(name: str, value: object) -> str:
+    from rich.markup import escape
+
+    if value is None:
+        return "all" if name in ALL else "–"
+    return f"{value:.3f}" if isinstance(value, float) else escape(str(value))
 
 
 def plainly(command: Callable[..., None]) -> Callable[..., None]:
