@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 import time
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
@@ -118,7 +119,7 @@ def test_a_key_is_that_of_all_that_decides_an_answer():
 
 def helpful(body):
     """Reply as a good model would; prefer the longer answer, and for somebody terse the shorter."""
-    asked, texts = body["messages"][-1]["content"], blocks(body)
+    asked, texts = BLOCK.sub("", body["messages"][-1]["content"]), blocks(body)
     if '{"questions"' in asked:
         return json.dumps({"questions": [f"{word} of {texts[0]}" for word in ("Tea", "Rome")]})
     if '{"views"' in asked:
@@ -140,19 +141,24 @@ def server(monkeypatch):
         yield one
 
 
-def passes(server, cache=None, **limits):
-    teacher = ChatTeacher(server.url, "a-model", attempts=1, backoff=0.01, timeout=5.0)
-    return Passes(teacher, cache, options=QUIET, **limits)
+@pytest.fixture
+def passes(server):
+    """Make passes over the server, whose connections are closed in the end."""
+    with ExitStack() as stack:
+        yield lambda cache=None, **limits: Passes(
+            stack.enter_context(ChatTeacher(server.url, "a-model", attempts=1, backoff=0.01, timeout=5.0)),
+            cache, options=QUIET, **limits,
+        )  # fmt: skip
 
 
 ANA = people(ana="likes long words")
 PAIRS = pair_table(("Why?", "a", "longer"), ("Who?", "much longer", "b"), ("Where?", "c", "here"))
 
 
-def test_labels_go_by_the_description_and_only_those_that_agree_in_both_orders_stay(server):
+def test_labels_go_by_the_description_and_only_those_that_agree_in_both_orders_stay(server, passes):
     server.reply = lambda body: '{"answer": "first"}' if blocks(body)[0] == "stubborn" else helpful(body)
     three = people(ana="likes long words", bo="terse", cy="stubborn")
-    labels = label(three, PAIRS, passes(server))
+    labels = label(three, PAIRS, passes())
     assert labels["outcome"].to_list() == [
         "second",
         "first",
@@ -175,47 +181,45 @@ def test_labels_go_by_the_description_and_only_those_that_agree_in_both_orders_s
     assert kept["prompt_id"].to_list()[:3] == PAIRS["prompt_id"].to_list()
 
 
-def test_a_verdict_that_cannot_be_read_is_no_label_and_is_asked_again(server, tmp_path):
+def test_a_verdict_that_cannot_be_read_is_no_label_and_is_asked_again(server, passes, tmp_path):
     cache = tmp_path / "answers.jsonl"
     server.reply = lambda body: "The first, I think." if blocks(body)[1] == "Why?" else helpful(body)
-    assert label(ANA, PAIRS, passes(server, cache))["outcome"].to_list() == ["unreadable", "first", "second"]
+    assert label(ANA, PAIRS, passes(cache))["outcome"].to_list() == ["unreadable", "first", "second"]
     assert len(cache.read_text().splitlines()) == 4
     server.reply = helpful
-    again = passes(server, cache)
+    again = passes(cache)
     assert label(ANA, PAIRS, again)["outcome"].to_list() == ["second", "first", "second"]
     assert (len(server.bodies), again.tally.cached) == (8, 4)
     server.script = [(500, {}, "down")]
-    failed = label(people(bo="terse"), PAIRS[:1], passes(server, cache))
+    failed = label(people(bo="terse"), PAIRS[:1], passes(cache))
     assert failed["outcome"].to_list() == ["unreadable"]
     assert len(cache.read_text().splitlines()) == 7
 
 
 @pytest.mark.parametrize("text", CANARIES)
-def test_an_order_within_a_response_or_a_description_is_not_obeyed(server, text):
+def test_an_order_within_a_response_or_a_description_is_not_obeyed(server, passes, text):
     def obedient(body):
         """Do what stands outside the blocks, and whatever else stands there."""
         outside = " ".join(BLOCK.sub("", message["content"]) for message in body["messages"])
         return '{"answer": "second"}' if text in outside else helpful(body)
 
     server.reply = obedient
-    labels = label(people(ana=text), pair_table(("Why?", text, "b"), (text, "c", f"{text} {text}")), passes(server))
+    labels = label(people(ana=text), pair_table(("Why?", text, "b"), (text, "c", f"{text} {text}")), passes())
     assert labels["outcome"].to_list() == ["first", "second"]
     assert all(body.keys() == {"model", "messages", "temperature", "max_tokens"} for body in server.bodies)  # no tools
 
 
-def test_the_cost_limit_holds_for_all_passes_together_and_a_higher_one_goes_on(server, tmp_path):
+def test_the_cost_limit_holds_for_all_passes_together_and_a_higher_one_goes_on(server, passes, tmp_path):
     asked = pl.DataFrame({"question_id": ["q"], "question": ["Why?"]})
     price, cache, server.usage = (0.0, 1e6 / 1024), tmp_path / "answers.jsonl", (0, 1024)  # a view costs 1
-    limited = passes(server, cache, max_cost=1.4, price=price)
+    limited = passes(cache, max_cost=1.4, price=price)
     with pytest.raises(TeacherError, match=r"max_cost=0.4: stopped after 0 of 5 tasks.*raise the limit"):
         responses(asked, people(ana="me", bo="you", cy="they"), limited, views=2)
     assert len(server.bodies) == 1
     server.usage = (0, 512)
     with pytest.raises(TeacherError, match="stopped after 2 of 5 tasks"):
-        responses(
-            asked, people(ana="me", bo="you", cy="they"), passes(server, cache, max_cost=1.0, price=price), views=2
-        )
-    rest = passes(server, cache, max_cost=1.5, price=price)
+        responses(asked, people(ana="me", bo="you", cy="they"), passes(cache, max_cost=1.0, price=price), views=2)
+    rest = passes(cache, max_cost=1.5, price=price)
     assert responses(asked, people(ana="me", bo="you", cy="they"), rest, views=2).height == 5
     assert len(server.bodies) == 1 + 5
     assert rest.max_cost == pytest.approx(1.5 - 3 * cost(Usage(1, 0, 512), price))
@@ -248,7 +252,8 @@ def test_the_commands_ask_what_they_say_and_no_more(server, tmp_path):
     assert done.exit_code == 0, done.stderr
     table = pl.read_parquet(folder / "disagreement.parquet").filter(pl.col("other_id").is_not_null())
     assert table["disagreement"].to_list() == [1.0, 1.0]  # the longer one against the shorter one
-    assert tables.read(tmp_path / "chosen.jsonl").height == tables.read(folder / "comparisons.jsonl").height == 10
+    kept = pl.read_parquet(folder / "labels.parquet").filter(pl.col("outcome").is_in(["first", "second"])).height
+    assert tables.read(tmp_path / "chosen.jsonl").height == tables.read(folder / "comparisons.jsonl").height == kept > 5
 
 
 def test_labelling_that_was_killed_at_half_and_run_again_calls_as_often_as_one_pass(server, tmp_path):
@@ -288,7 +293,7 @@ def test_people_are_read_and_mistakes_are_said_with_their_row(tmp_path):
         "holds nobody": [],
         "no column 'description'": [{"user_id": "a"}],
         "row 2, column 'description': is None": [{"description": "A nurse."}, {"description": None}],
-        "row 1, column 'description': is '  '": [{"description": "  "}],
+        "row 1, column 'description': is ''": [{"description": ""}],
         "row 2, column 'user_id': 'a' is also row 1": [{"user_id": "a", "description": "x"}] * 2,
     }
     for message, wrong in mistakes.items():
@@ -436,11 +441,10 @@ def test_disagreement_is_the_share_of_pairs_that_two_people_label_differently():
 
 
 def test_people_who_disagree_too_much_and_pairs_on_which_all_agree_are_left_out():
-    rows = [("a", 1), ("b", 1), ("c", 0)], [("a", 0), ("b", 0), ("c", 1)], [("a", 1), ("b", 0), ("c", 0)], [("a", 1)]
-    labels = pl.DataFrame(
-        [(name, f"q{n}", "x", "y", "first" if vote else "second") for n, part in enumerate(rows) for name, vote in part],
-        schema=["user_id", "prompt_id", "first_id", "second_id", "outcome"], orient="row",
-    )  # fmt: skip
+    rows = [{"a": 1, "b": 1, "c": 0}, {"a": 0, "b": 0, "c": 1}, {"a": 1, "b": 0, "c": 0}, {"a": 1}]
+    cells = [(name, f"q{number}", "x", "y", "first" if vote else "second")
+             for number, part in enumerate(rows) for name, vote in part.items()]  # fmt: skip
+    labels = pl.DataFrame(cells, schema=["user_id", "prompt_id", "first_id", "second_id", "outcome"], orient="row")
     table = disagreement(labels)
     shares = dict(table.filter(pl.col("other_id").is_null()).select("user_id", "disagreement").iter_rows())
     assert shares == {"a": pytest.approx(4 / 6), "b": pytest.approx(0.5), "c": pytest.approx(5 / 6)}
@@ -466,10 +470,14 @@ def verdicts(task):
     return Answer(verdict="second" if task.second.count("x") > task.first.count("x") else "first")
 
 
-A = generated(("u", None, "p", "x"), ("u", None, "q", "xx"), ("u", None, "q", "a"), ("v", "d", "p", "x"), ("v", "d", "r", "?"),
-              (None, None, "p", "b"))  # fmt: skip
-B = generated((None, None, "p", "x"), ("v", None, "r", "x"), ("v", None, "p", "xx"), ("u", "e", "q", "a"), ("u", "e", "q", "b"),
-              ("u", "e", "p", "x"))  # fmt: skip
+A = generated(
+    ("u", None, "p", "x"), ("u", None, "q", "xx"), ("u", None, "q", "a"), ("v", "d", "p", "x"), ("v", "d", "r", "?"),
+    (None, None, "p", "b"),
+)  # fmt: skip
+B = generated(
+    (None, None, "p", "x"), ("v", None, "r", "x"), ("v", None, "p", "xx"), ("u", "e", "q", "a"), ("u", "e", "q", "b"),
+    ("u", "e", "p", "x"),
+)  # fmt: skip
 
 
 def rows_of(a, b):
@@ -562,18 +570,18 @@ def written(count=24, seed=0):
 
 
 WISHES = {
-    "mild": ("Likes polite and empathetic answers. Dislikes direct ones.", {"politeness": 1, "empathy": 1, "directness": -1}),
-    "sharp": ("Likes sarcastic answers. Dislikes polite and formal ones.", {"sarcasm": 1, "politeness": -1, "formality": -1}),
-    "merry": ("Likes humorous, casual and supportive answers.", {"humor": 1, "formality": -1, "supportiveness": 1}),
-    "grave": ("A judge. Likes serious and formal answers. Dislikes passive ones.", {"humor": -1, "formality": 1, "assertiveness": 1}),
-}  # fmt: skip
+    "Likes polite and empathetic answers. Dislikes direct ones.": {"politeness": 1, "empathy": 1, "directness": -1},
+    "Likes sarcastic answers. Dislikes polite and formal ones.": {"sarcasm": 1, "politeness": -1, "formality": -1},
+    "Likes humorous, casual and supportive ones.": {"humor": 1, "formality": -1, "supportiveness": 1},
+    "Likes serious, formal answers. Dislikes passive ones.": {"humor": -1, "formality": 1, "assertiveness": 1},
+}
 
 
 def test_labels_of_the_offline_teacher_agree_with_the_truth_and_a_fit_on_them_finds_it(tmp_path):
     drawn, levels = written()
-    known = people(**{name: description for name, (description, _) in WISHES.items()})
-    weights = np.array([[wish.get(name, 0) for name in NAMES] for _, wish in WISHES.values()])
-    assert [tastes(description) for description in known["description"]] == [wish for _, wish in WISHES.values()]
+    known = people(**{f"u{number}": description for number, description in enumerate(WISHES)})
+    weights = np.array([[wish.get(name, 0) for name in NAMES] for wish in WISHES.values()])
+    assert {description: tastes(description) for description in WISHES} == WISHES
     truth = np.einsum("ua,psa->ups", weights, levels) @ np.array([1, -1])
     labels = label(known, drawn, Passes(LexiconPersonas(), options=QUIET))
     expected = np.select([truth > 0, truth < 0], ["first", "second"], "inconsistent").ravel()
@@ -588,29 +596,31 @@ def test_labels_of_the_offline_teacher_agree_with_the_truth_and_a_fit_on_them_fi
              for column, name in enumerate(NAMES) for number, side in enumerate(("first", "second"))]  # fmt: skip
     file = tmp_path / "comparisons.parquet"
     kept.with_columns(named).write_parquet(file)
-    run = fit(file, model="low_rank", encoder="attributes", root=tmp_path / "runs", pseudonymise=False)
-    metrics = run.folder.table("metrics").filter(pl.col("control").is_null(), metric="accuracy")
-    assert metrics["value"].min() > 0.5, metrics
-    assert len(run.vocabulary.users) >= 3
+    quick = ("shots=[0]", "draws=1", "controls=false", "users.rounds=1")
+    run = fit(file, model="individual", encoder="attributes", root=tmp_path / "runs", overrides=quick, progress=False)
+    metrics = run.folder.table("metrics").filter(model="individual", cell="seen/testpair", metric="accuracy")
+    assert metrics.filter(pl.col("control").is_null(), pl.col("community").is_null())["value"].min() > 0.8
 
 
 def test_the_whole_recipe_runs_offline_and_refinement_makes_people_decide(tmp_path):
     folder = tmp_path / "personas"
-    commands = [("questions", "--each", 3), ("responses",), ("refine",), ("label", "--most", 30), ("report",)]
+    examples()[:4].write_ndjson(tmp_path / "people.jsonl")
+    commands = [("questions", tmp_path / "people.jsonl", "--each", 3), ("responses",), ("refine", "--tried", 8),
+                ("label", "--most", 20), ("report",)]  # fmt: skip
     for command in commands:
         done = call(*command, "--folder", folder)
         assert done.exit_code == 0, f"{command}: {done.output} {done.stderr} {done.exception!r}"
     tried = pl.read_parquet(folder / "refinements.parquet")
     last = tried.filter("taken").group_by("user_id", maintain_order=True).last()
     known = pl.read_parquet(folder / "people.parquet")
-    assert known.select("user_id", "original").rows() == examples().rows()
+    assert known.select("user_id", "original").rows() == examples()[:4].rows()
     assert dict(known.select("user_id", "description").iter_rows()) == dict(
         last.select("user_id", "description").iter_rows()
     )
     assert last["round"].max() > 0
     assert tried["round"].max() <= 3
     table = tables.read(folder / "comparisons.jsonl", pseudonymise=False)
-    assert table["user_id"].n_unique() == 8
+    assert table["user_id"].n_unique() == 4
     assert set(table["description"]) <= set(known["description"])
     rows = table.select("user_id", "description", "prompt", response="first")
     rows.write_ndjson(tmp_path / "a.jsonl")
