@@ -1,14 +1,15 @@
 """Record what transformers with PyTorch computes, for tests that run without PyTorch. Run by hand:
 
-    python tests/record_bert.py
+    python tests/record_bert.py [TYPE...]
 
-It writes, under tests/fixtures/bert, a tiny BERT, RoBERTa and DistilBERT whose parameters are all perturbed (a norm's
-weight left at one would hide a missing multiplication), one vocabulary, the reference hidden states and pooled
-vectors, and the embeddings of three sentences by all-MiniLM-L6-v2 if its weights are there.
+It writes, under tests/fixtures/bert, a tiny model of each type whose parameters are all perturbed (a norm's weight left
+at one would hide a missing multiplication), one vocabulary, the reference hidden states and pooled vectors, and the
+embeddings of three sentences by all-MiniLM-L6-v2 if its weights are there.
 """
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,20 @@ SIZES: dict[str, dict[str, Any]] = {
         "pad_token_id": 1,
     },
     "distilbert": {"dim": 16, "n_layers": 2, "n_heads": 2, "hidden_dim": 24, "activation": "gelu"},
+    # The second layer sees two tokens on either side, where rows of the example have up to twelve.
+    "modernbert": {
+        "hidden_size": 16,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "intermediate_size": 24,
+        "local_attention": 4,
+        "norm_eps": 1e-4,
+        "rope_parameters": {
+            "full_attention": {"rope_type": "default", "rope_theta": 177.0},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 77.0},
+        },
+        **dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id"), 0),
+    },
 }
 
 
@@ -113,20 +128,21 @@ def sentence_embeddings(folder: Path, sentences: list[str]) -> np.ndarray:
     return torch.nn.functional.normalize((hidden * mask).sum(1) / mask.sum(1), dim=-1).numpy()
 
 
-def main() -> None:
+def main(kinds: list[str]) -> None:
     from pluralprefs.encoders import weights
 
-    for kind in SIZES:
+    for kind in kinds or SIZES:
         folder = FIXTURES / kind
         model = tiny_model(kind)
         model.save_pretrained(folder)
         save_tokenizer(folder)
         tokens = example_tokens()
-        if kind == "roberta":  # it has one segment
+        if kind in ("roberta", "modernbert"):  # they have one segment
             tokens["segment"] = np.zeros_like(tokens["segment"])
         np.savez(FIXTURES / f"{kind}.npz", **tokens, **reference(model, tokens))
-    np.savez(FIXTURES / "minilm.npz", embedding=sentence_embeddings(weights.find_minilm(), SENTENCES))
+    if not kinds:
+        np.savez(FIXTURES / "minilm.npz", embedding=sentence_embeddings(weights.find_minilm(), SENTENCES))
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

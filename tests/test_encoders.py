@@ -86,9 +86,10 @@ def test_pooled_vectors_equal_the_recorded_reference(kind, pooling):
     np.testing.assert_allclose(unit, arrays[pooling] / np.linalg.norm(arrays[pooling], axis=1)[:, None], atol=1e-5)
 
 
-def test_every_parameter_of_a_checkpoint_changes_the_output():
-    tokens, arrays = recorded("bert")
-    encoder = load("bert")
+@pytest.mark.parametrize("kind", ["bert", "modernbert"])
+def test_every_parameter_of_a_checkpoint_changes_the_output(kind):
+    tokens, arrays = recorded(kind)
+    encoder = load(kind)
     leaves, structure = jax.tree.flatten(dict(encoder.params))
     pooled = jax.jit(lambda leaves: encoder.replace(params=jax.tree.unflatten(structure, leaves))(tokens).embedding)
     paths = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(dict(encoder.params))]
@@ -98,6 +99,42 @@ def test_every_parameter_of_a_checkpoint_changes_the_output():
         change = np.abs(np.asarray(moved) - arrays["mean"]).max()
         # A key's bias shifts all scores of a query alike, which the softmax does not see.
         assert change < 1e-4 if "'key']['bias'" in path else change > 1e-3, path
+
+
+def modernbert_states(folder: Path, arrays: dict[str, np.ndarray]) -> np.ndarray:
+    """Hidden states, 0 at padding; the rows stand in a larger batch, with padding all around."""
+    nothing, inner = np.zeros((8, 17), np.int32), np.s_[2:7, 3:15]
+    canvas = {"ids": nothing + 5, "mask": nothing > 0}
+    for name, value in canvas.items():
+        value[inner] = arrays[name]
+    tokens = Tokens(*map(jnp.asarray, (canvas["ids"], canvas["mask"], nothing, nothing[:, 0])))
+    found = np.asarray(hidden_states(BertEncoder.load(folder, max_length=32), tokens))
+    assert np.isfinite(found).all()
+    return found[inner] * arrays["mask"][:, :, None]
+
+
+def test_modernbert_equals_the_recorded_reference_wherever_a_text_stands():
+    arrays = recorded("modernbert")[1]
+    np.testing.assert_allclose(modernbert_states(FIXTURES / "modernbert", arrays), arrays["hidden"], atol=1e-5)
+
+
+def test_xlm_roberta_is_roberta_by_another_name(tmp_path):
+    tokens, arrays = recorded("roberta")
+    encoder = encoders.load(copy("roberta", tmp_path / "xlm", model_type="xlm-roberta"), max_length=32)
+    hidden = np.asarray(hidden_states(encoder, tokens)) * arrays["mask"][:, :, None]
+    np.testing.assert_allclose(hidden, arrays["hidden"], atol=1e-5)
+
+
+def test_modernbert_as_older_transformers_wrote_it_reads_the_same(tmp_path):
+    arrays = recorded("modernbert")[1]
+    folder = copy("modernbert", tmp_path / "old", global_rope_theta=177.0, local_rope_theta=77.0)
+    raw = json.loads((folder / "config.json").read_text())
+    for name in ("rope_parameters", "layer_types"):
+        del raw[name]
+    (folder / "config.json").write_text(json.dumps(raw | {"global_attn_every_n_layers": 2}))
+    weights = {f"model.{name}": tensor for name, tensor in load_file(folder / "model.safetensors").items()}
+    save_file(weights | {"head.dense.weight": np.eye(16, dtype=np.float32)}, folder / "model.safetensors")
+    np.testing.assert_allclose(modernbert_states(folder, arrays), arrays["hidden"], atol=1e-5)
 
 
 def test_minilm_equals_the_published_pipeline_on_recorded_sentences():
@@ -121,6 +158,8 @@ def test_minilm_equals_the_published_pipeline_on_recorded_sentences():
         ("xlm-roberta", {"hidden_act": "gelu_new"}),
         ("distilbert", {}),
         ("distilbert", {"activation": "relu", "sinusoidal_pos_embds": True}),
+        ("modernbert", {"norm_bias": True, "attention_bias": True, "mlp_bias": True, "hidden_activation": "silu"}),
+        ("modernbert", {"num_hidden_layers": 4, "local_attention": 7, "num_attention_heads": 4}),
     ],
 )
 def test_a_perturbed_model_equals_transformers_now(kind, changes, tmp_path):
@@ -317,6 +356,32 @@ def test_sentence_transformers_files_decide_pooling_and_norm(tmp_path):
 def test_a_config_that_is_not_computed_exactly_is_an_error(config, message, tmp_path):
     with pytest.raises(EncoderError, match=message) as error:
         BertEncoder.load(copy("bert", tmp_path / "model", **config), max_length=32)
+    assert "\n" not in str(error.value)
+
+
+SLIDE = "sliding_attention"
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"hidden_activation": "swish2"}, "activation 'swish2'"),
+        ({"layer_types": [SLIDE]}, "layer_types must have 2 entries"),
+        ({"layer_types": [SLIDE, "chunked"]}, "each 'full_attention' or 'sliding_attention'"),
+        ({"rope_parameters": {"rope_type": "default"}}, "rope_parameters has unknown 'rope_type'"),
+        ({"rope_parameters": {SLIDE: {"rope_type": "spiral"}}}, "rope type 'spiral' is not one of"),
+        ({"rope_parameters": None, "local_rope_theta": None}, "local_rope_theta is null"),
+        ({"head_dim": 4}, "head_dim is 4, but 2 heads share 16 dimensions"),
+        ({"num_attention_heads": 16}, "halves to rotate"),
+        ({"norm_bias": "yes"}, "norm_bias is 'yes', expected true or false"),
+        ({"norm_bias": True}, "lack .*norm.bias"),
+        ({"num_hidden_layers": 1, "layer_types": None}, "hold layers.1.attn.Wo.weight, which config.json does not"),
+        ({"max_position_embeddings": 16}, "16 positions"),
+    ],
+)
+def test_a_modernbert_that_is_not_computed_exactly_is_an_error(config, message, tmp_path):
+    with pytest.raises(EncoderError, match=message) as error:
+        BertEncoder.load(copy("modernbert", tmp_path / "model", **config), max_length=32)
     assert "\n" not in str(error.value)
 
 

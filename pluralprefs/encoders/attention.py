@@ -1,4 +1,4 @@
-"""Which tokens see which, and attention itself: causal, within a token's own sequence, perhaps within a window."""
+"""Which tokens see which, and attention itself: causal within a token's own sequence, or to both sides within a row."""
 
 from __future__ import annotations
 
@@ -39,6 +39,15 @@ def visible(
     distance = query.position[:, :, None] - key.position[:, None, :]
     seen = mask[:, None, :] & (query.run[:, :, None] == key.run[:, None, :]) & (distance >= 0)
     return (seen if window is None else seen & (distance < window))[:, None]
+
+
+def surrounding(
+    position: Int[Array, "batch length"], mask: Bool[Array, "batch length"], window: int | None
+) -> Bool[Array, "batch 1 length length"]:
+    """Which keys an encoder's query sees: the real tokens of its row, `window` of them at most on either side."""
+    seen = jnp.broadcast_to(mask[:, None, :], (*mask.shape, mask.shape[1]))
+    distance = jnp.abs(position[:, :, None] - position[:, None, :])
+    return (seen if window is None else seen & (distance <= window))[:, None]
 
 
 def attention(

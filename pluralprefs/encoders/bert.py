@@ -1,6 +1,7 @@
-"""BERT, MiniLM, RoBERTa and DistilBERT in Flax NNX, from Hugging Face safetensors (arXiv 1810.04805, 1907.11692).
+"""The BERT family in Flax NNX, from Hugging Face safetensors (arXiv 1810.04805, 1907.11692, 1911.02116, 1910.01108).
 
-A post-norm transformer encoder: with x the sum of word, position and (in BERT) segment embeddings, normalised,
+BERT, MiniLM, RoBERTa, XLM-R and DistilBERT are post-norm transformer encoders: with x the sum of word, position and
+(in BERT) segment embeddings, normalised,
 
     x <- norm(x + attention(x))        x <- norm(x + down(act(up(x))))
 
@@ -10,6 +11,8 @@ the same call serves the feature cache and a train step that differentiates thro
 
 Positions are counted along the mask, not along the array: padding may lie on either side. RoBERTa and XLM-R begin to
 count behind the id of their padding token.
+
+`BertEncoder` reads ModernBERT too, whose layers are in `modernbert.py`.
 """
 
 from __future__ import annotations
@@ -25,8 +28,9 @@ import numpy as np
 from flax import nnx, struct
 from jaxtyping import Array, Bool, Float
 
-from pluralprefs.encoders.checkpoint import Tensors, fill
+from pluralprefs.encoders.checkpoint import Tensors, check_all_read, fill
 from pluralprefs.encoders.layers import ACTIVATIONS, precision
+from pluralprefs.encoders.modernbert import MODEL_TYPE, MODERNBERT_NAMES, ModernBert, ModernBertConfig
 from pluralprefs.encoders.pooling import read_pooling
 from pluralprefs.encoders.text import TextEncoder
 from pluralprefs.encoders.tokens import Renderer
@@ -62,6 +66,7 @@ DISTILBERT_NAMES = {
     "layers.{}.norm": "transformer.layer.{}.output_layer_norm",
 }
 NAMES = {"bert": BERT_NAMES, "roberta": BERT_NAMES, "xlm-roberta": BERT_NAMES, "distilbert": DISTILBERT_NAMES}
+NAMES |= {MODEL_TYPE: MODERNBERT_NAMES}
 
 
 @dataclass(frozen=True)
@@ -184,15 +189,17 @@ class BertEncoder(TextEncoder):
         for a folder, model type, activation or position type it cannot read.
         """
         folder = Path(folder)
-        config = BertConfig.read(folder)
+        config, model = _architecture(folder, dtype)
         default_pooling, default_normalise = read_pooling(folder, pooling)
         segments = 1 if config.segments == 1 and config.model_type != "bert" else 2
         renderer = Renderer.load(folder, max_length=max_length or min(256, config.positions), segments=segments)
         _check_sizes(folder, config, renderer, joint=joint)
-        model = nnx.eval_shape(lambda: Bert(config, dtype=dtype, rngs=nnx.Rngs(0)))
         graphdef, shapes = nnx.split(model)
         with Tensors(folder, _modern_name) as tensors:
-            params = fill(tensors, nnx.to_pure_dict(shapes), NAMES[config.model_type])
+            wanted, names = nnx.to_pure_dict(shapes), NAMES[config.model_type]
+            if config.model_type == MODEL_TYPE:
+                check_all_read(tensors, wanted, names, own=r"embeddings\.|layers\.|final_norm\.")
+            params = fill(tensors, wanted, names)
         return cls(
             params=params,
             graphdef=graphdef,
@@ -204,8 +211,17 @@ class BertEncoder(TextEncoder):
             dim=config.dim,
             dtype=jnp.dtype(dtype).name,
             weights=digest([folder / "config.json", *weight_files(folder)]),
-            kind="bert",
+            kind=MODEL_TYPE if config.model_type == MODEL_TYPE else "bert",
         )
+
+
+def _architecture(folder: Path, dtype: Any) -> tuple[BertConfig | ModernBertConfig, nnx.Module]:
+    """What config.json asks for, and the model without its numbers."""
+    if read_json(folder / "config.json").get("model_type") == MODEL_TYPE:
+        modern = ModernBertConfig.read(folder)
+        return modern, nnx.eval_shape(lambda: ModernBert(modern, dtype=dtype, rngs=nnx.Rngs(0)))
+    config = BertConfig.read(folder)
+    return config, nnx.eval_shape(lambda: Bert(config, dtype=dtype, rngs=nnx.Rngs(0)))
 
 
 def _read_bert(raw: dict[str, Any]) -> BertConfig:
@@ -250,7 +266,7 @@ def _norm(config: BertConfig, dtype: Any, rngs: nnx.Rngs) -> nnx.LayerNorm:
     return nnx.LayerNorm(config.dim, epsilon=config.epsilon, use_fast_variance=False, dtype=dtype, rngs=rngs)
 
 
-def _check_sizes(folder: Path, config: BertConfig, renderer: Renderer, *, joint: bool) -> None:
+def _check_sizes(folder: Path, config: BertConfig | ModernBertConfig, renderer: Renderer, *, joint: bool) -> None:
     """JAX clamps an index out of range and would be silently wrong, so sizes are compared before anything runs."""
     if renderer.max_length > config.positions:
         raise EncoderError(
@@ -267,5 +283,5 @@ def _check_sizes(folder: Path, config: BertConfig, renderer: Renderer, *, joint:
 
 def _modern_name(name: str) -> str:
     """Drop the prefix of a task model's backbone and the old names of a norm's parameters."""
-    name = re.sub(r"^(bert|roberta|distilbert)\.", "", name)
+    name = re.sub(r"^(bert|roberta|distilbert|model)\.", "", name)
     return name.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")

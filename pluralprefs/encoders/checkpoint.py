@@ -8,6 +8,7 @@ tensor of which it needs a part.
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -113,6 +114,18 @@ def stored_name(path: Sequence[Any], names: Mapping[str, str]) -> str:
     layer = parts[1] if parts[0] == "layers" else ""
     own = ".".join("{}" if part == layer else part for part in parts)
     return f"{names[own].format(layer)}.{LEAVES[leaf]}"
+
+
+def check_all_read(tensors: Tensors, shapes: Mapping[str, Any], names: Mapping[str, str], *, own: str) -> None:
+    """Refuse weights of the backbone (names that begin as the pattern `own` says) that nothing here reads.
+
+    They would be left out of the computation. Raises EncoderError with the first.
+    """
+    read = {stored_name(path, names) for path, _ in jax.tree_util.tree_leaves_with_path(shapes)}
+    found = {name for name in tensors.names if re.match(own, name)} - read
+    left = sorted(name for name in found if not name.endswith("rotary_emb.inv_freq"))
+    if left:
+        raise EncoderError(f"{tensors.folder}: the weights hold {left[0]}, which config.json does not announce")
 
 
 def _there(shape: jax.ShapeDtypeStruct, kernel: bool) -> tuple[int, ...]:

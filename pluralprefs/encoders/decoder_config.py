@@ -97,7 +97,7 @@ def _read(path: Path, raw: dict[str, Any]) -> DecoderConfig:
     kind, layers, heads = raw["model_type"], raw["num_hidden_layers"], raw["num_attention_heads"]
     gemma, dim = kind.startswith("gemma"), raw["hidden_size"]
     head_dim = raw.get("head_dim") or HEAD_DIMS.get(kind) or dim // heads
-    bias = kind in BIASED and _flag(path, raw, "attention_bias")
+    bias = kind in BIASED and flag(path, raw, "attention_bias")
     kinds, window = _layer_types(path, raw), _window(raw)
     if window is None and SLIDING in kinds:
         raise EncoderError(f"{path}: layer_types name {SLIDING!r}, but there is no sliding_window")
@@ -116,13 +116,13 @@ def _read(path: Path, raw: dict[str, Any]) -> DecoderConfig:
         layers=layers,
         activation=raw["hidden_activation" if gemma else "hidden_act"],
         epsilon=raw["rms_norm_eps"],
-        tied=_flag(path, raw, "tie_word_embeddings", gemma),
+        tied=flag(path, raw, "tie_word_embeddings", gemma),
         scale=(raw["query_pre_attn_scalar"] if gemma else head_dim) ** -0.5,
         windows=tuple(window if each == SLIDING else None for each in kinds),
         ropes=_ropes(path, raw, kinds, head_dim),
         qkv_bias=bias or kind == "qwen2",
         out_bias=bias,
-        mlp_bias=kind == "llama" and _flag(path, raw, "mlp_bias"),
+        mlp_bias=kind == "llama" and flag(path, raw, "mlp_bias"),
         qk_norm=kind in ("qwen3", "gemma3_text"),
         blocks_normed=gemma,
         norm_offset=1.0 if gemma else 0.0,
@@ -134,8 +134,8 @@ def _read(path: Path, raw: dict[str, Any]) -> DecoderConfig:
 
 def _read_opt(path: Path, raw: dict[str, Any]) -> DecoderConfig:
     layers, heads, dim = raw["num_hidden_layers"], raw["num_attention_heads"], raw["hidden_size"]
-    bias = _flag(path, raw, "enable_bias", True)
-    first = _flag(path, raw, "do_layer_norm_before", True)
+    bias = flag(path, raw, "enable_bias", True)
+    first = flag(path, raw, "do_layer_norm_before", True)
     return DecoderConfig(
         model_type="opt",
         vocabulary=raw["vocab_size"],
@@ -149,7 +149,7 @@ def _read_opt(path: Path, raw: dict[str, Any]) -> DecoderConfig:
         layers=layers,
         activation=raw["activation_function"],
         epsilon=1e-5,  # fixed in the reference, not configured
-        tied=_flag(path, raw, "tie_word_embeddings", True),
+        tied=flag(path, raw, "tie_word_embeddings", True),
         scale=(dim // heads) ** -0.5,
         windows=(None,) * layers,
         ropes=(None,) * layers,
@@ -158,9 +158,9 @@ def _read_opt(path: Path, raw: dict[str, Any]) -> DecoderConfig:
         mlp_bias=bias,
         gated=False,
         norm_mean=True,
-        norm_affine=_flag(path, raw, "layer_norm_elementwise_affine", True),
+        norm_affine=flag(path, raw, "layer_norm_elementwise_affine", True),
         norm_first=first,
-        norm_last=first and not _flag(path, raw, "_remove_final_layer_norm"),
+        norm_last=first and not flag(path, raw, "_remove_final_layer_norm"),
     )
 
 
@@ -213,7 +213,8 @@ def _layer_types(path: Path, raw: dict[str, Any]) -> tuple[Literal["full_attenti
     return tuple(SLIDING if _window(raw) is not None and layer >= first else FULL for layer in range(layers))
 
 
-def _flag(path: Path, raw: dict[str, Any], name: str, default: bool = False) -> bool:
+def flag(path: Path, raw: dict[str, Any], name: str, default: bool = False) -> bool:
+    """An entry of a config that is true or false. Raises EncoderError for anything else."""
     value = raw.get(name, default)
     if not isinstance(value, bool):
         raise EncoderError(f"{path}: {name} is {value!r}, expected true or false")

@@ -13,7 +13,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, PartitionSpec
 
-from pluralprefs.encoders.checkpoint import Tensors, fill, stored_name
+from pluralprefs.encoders.checkpoint import Tensors, check_all_read, fill, stored_name
 from pluralprefs.encoders.decoder import REMAT, Decoder
 from pluralprefs.encoders.decoder_config import MODEL_TYPES, DecoderConfig
 from pluralprefs.encoders.weights import WEIGHTS, EncoderError, weight_files
@@ -103,21 +103,13 @@ def read_decoder(
     graphdef, state = nnx.split(model)
     shapes, names = nnx.to_pure_dict(state), NAMES[config.model_type]
     with Tensors(folder, _plain_name) as tensors:
-        _check_all_used(tensors, shapes, names)
+        check_all_read(tensors, shapes, names, own=BACKBONE.pattern)
         return Loaded(config, graphdef, fill(tensors, shapes, names, mesh=mesh, rules=rules))
 
 
 def _plain_name(name: str) -> str:
     """Drop the prefix of a task model's backbone."""
     return re.sub(r"^(model\.)?(decoder\.)?", "", name)
-
-
-def _check_all_used(tensors: Tensors, shapes: Any, names: dict[str, str]) -> None:
-    """Weights of the backbone that nothing here reads would be left out of the computation: refuse them."""
-    read = {stored_name(path, names) for path, _ in jax.tree_util.tree_leaves_with_path(shapes)}
-    left = sorted(name for name in tensors.names - read if _of_backbone(name))
-    if left:
-        raise EncoderError(f"{tensors.folder}: the weights hold {left[0]}, which config.json does not announce")
 
 
 def _of_backbone(name: str) -> bool:
