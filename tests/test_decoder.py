@@ -385,3 +385,10 @@ def test_a_config_that_is_not_computed_exactly_is_an_error(kind, config, message
     with pytest.raises(EncoderError, match=message) as error:
         read_decoder(copy(kind, tmp_path / "model", **config))
     assert "\n" not in str(error.value)
+
+
+def test_a_kernel_that_is_unknown_or_has_no_place_for_soft_caps_is_an_error():
+    with pytest.raises(EncoderError, match="kernel 'flash' is not one of auto, cudnn, xla"):
+        read_decoder(FIXTURES / "llama", kernel="flash")  # type: ignore[arg-type]
+    with pytest.raises(EncoderError, match="gemma2: scores of attention are softly capped"):
+        read_decoder(FIXTURES / "gemma2", kernel="cudnn")

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
+
+from pluralprefs.encoders.weights import EncoderError
+
+Kernel = Literal["auto", "cudnn", "xla"]
+KERNELS: tuple[Kernel, ...] = ("auto", "cudnn", "xla")
 
 
 class Places(NamedTuple):
@@ -58,21 +63,57 @@ def attention(
     *,
     scale: float,
     cap: float | None = None,
+    causal: bool = False,
+    kernel: Kernel = "auto",
 ) -> Float[Array, "batch length heads dim"]:
     """Softmax attention with shared keys and values. A query that sees nothing (padding) has a finite result.
 
     `jax.nn.dot_product_attention` computes it, save where scores are capped: it has no place for a function between
-    the product and the mask.
+    the product and the mask. `kernel` is "cudnn" (flash attention: no scores are kept, only `seen`, the same for all
+    heads), "xla", or "auto", the first where `why_not_cudnn` knows no reason. `causal` says that no query sees a later
+    column, so that cuDNN skips those. Raises EncoderError where "cudnn" was asked for and cannot be had.
     """
+    reason = why_not_cudnn(query, key, cap)
+    if kernel == "cudnn" and reason:
+        raise EncoderError(f"attention by cuDNN: {reason}; load the model with kernel='auto'")
     with jax.default_matmul_precision("highest" if query.dtype == jnp.float32 else "default"):
+        if cap is None and not reason and kernel != "xla":
+            return jax.nn.dot_product_attention(
+                query, key, value, mask=seen, scale=scale, is_causal=causal, implementation="cudnn"
+            )
         if cap is None:
-            return jax.nn.dot_product_attention(query, key, value, mask=seen, scale=scale)
+            return jax.nn.dot_product_attention(query, key, value, mask=seen, scale=scale, implementation="xla")
         batch, length, heads, dim = query.shape
         grouped = query.reshape(batch, length, key.shape[2], -1, dim)
         scores = jnp.einsum("bqkgd,bskd->bkgqs", grouped, key, preferred_element_type=jnp.float32) * scale
         scores = jnp.where(seen[:, :, None], cap_softly(scores, cap), jnp.finfo(scores.dtype).min)
         weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
         return jnp.einsum("bkgqs,bskd->bqkgd", weights, value).reshape(batch, length, heads, dim)
+
+
+def why_not_cudnn(
+    query: Float[Array, "batch length heads dim"], key: Float[Array, "batch keys kv_heads dim"], cap: float | None
+) -> str:
+    """What keeps cuDNN's flash attention from these arrays on this machine; empty where nothing does."""
+    dim, lengths = query.shape[-1], (query.shape[1], key.shape[1])
+    capability = nvidia_capability()
+    if cap is not None:
+        return "scores are softly capped, for which it has no place"
+    if query.dtype not in (jnp.bfloat16, jnp.float16):
+        return f"it computes in bfloat16 or float16, not {query.dtype}"
+    if any(length % 2 for length in lengths):
+        return f"lengths of {lengths[0]} and {lengths[1]} tokens, where a masked gradient wants even ones"
+    if capability is None or capability < 8.0:
+        return "there is no NVIDIA GPU of compute capability 8.0 or more"
+    most = 256 if capability >= 9.0 else 128
+    return "" if dim % 8 == 0 and dim <= most else f"heads of {dim} dimensions, where multiples of 8 to {most} fit"
+
+
+def nvidia_capability() -> float | None:
+    """The compute capability of the GPU that JAX computes on, such as 9.0; None where that is no NVIDIA GPU."""
+    if jax.default_backend() != "gpu" or "cuda" not in jax.devices()[0].client.platform_version:
+        return None
+    return float(jax.devices()[0].compute_capability)
 
 
 def cap_softly(x: Float[Array, "*batch"], cap: float | None) -> Float[Array, "*batch"]:

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from flax import struct
 from jax.sharding import Mesh
 
+from pluralprefs.encoders.attention import Kernel
 from pluralprefs.encoders.decoder_config import MODEL_TYPES, DecoderConfig
 from pluralprefs.encoders.decoder_weights import DECODER_RULES, read_decoder
 from pluralprefs.encoders.pooling import read_pooling
@@ -43,6 +44,7 @@ class CausalEncoder(TextEncoder):
         dtype: Any = jnp.float32,
         head: bool = False,
         remat: str | None = None,
+        kernel: Kernel = "auto",
         mesh: Mesh | None = None,
         rules: Rules = DECODER_RULES,
     ) -> CausalEncoder:
@@ -50,8 +52,9 @@ class CausalEncoder(TextEncoder):
 
         `pooling` ("last" or "mean") and `normalise` default to what the folder's sentence-transformers files say, else
         the last token and no normalisation; `max_length` to 256 tokens or, where it has fewer, the model's positions.
-        `head` reads the language model's head too, for `generate`; `remat` is one of `decoder.REMAT`. Raises
-        EncoderError for a folder or a model that it cannot read exactly.
+        `head` reads the language model's head too, for `generate`; `remat` is one of `decoder.REMAT`, `kernel` that of
+        attention: "cudnn", "xla", or "auto" for cuDNN's where it can be had. Raises EncoderError for a folder or a
+        model that it cannot read exactly.
         """
         folder = Path(folder)
         config = DecoderConfig.read(folder)
@@ -60,7 +63,7 @@ class CausalEncoder(TextEncoder):
         if length > config.positions:
             raise EncoderError(f"{folder}: max_length {length} exceeds the model's {config.positions} positions")
         renderer = Renderer.load(folder, max_length=length, segments=1, joined=True, vocabulary=config.vocabulary)
-        loaded = read_decoder(folder, head=head, dtype=dtype, remat=remat, mesh=mesh, rules=rules)
+        loaded = read_decoder(folder, head=head, dtype=dtype, remat=remat, kernel=kernel, mesh=mesh, rules=rules)
         return cls(
             params=loaded.params,
             graphdef=loaded.graphdef,

@@ -24,7 +24,7 @@ import jax.numpy as jnp
 from flax import nnx, struct
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
-from pluralprefs.encoders.attention import Places, attention, cap_softly, locate, visible
+from pluralprefs.encoders.attention import Kernel, Places, attention, cap_softly, locate, visible
 from pluralprefs.encoders.decoder_config import DecoderConfig
 from pluralprefs.encoders.layers import ACTIVATIONS, precision
 from pluralprefs.encoders.rope import rotate, turn
@@ -72,7 +72,7 @@ class Memory(Replaceable):
 class Layer(nnx.Module):
     """Self-attention and a perceptron, each on the normalised residual stream."""
 
-    def __init__(self, config: DecoderConfig, *, dtype: Any, rngs: nnx.Rngs):
+    def __init__(self, config: DecoderConfig, *, dtype: Any, rngs: nnx.Rngs, kernel: Kernel = "auto"):
         linear, size = _linear(dtype, rngs), config.head_dim
         self.query = linear(config.dim, config.heads * size, config.qkv_bias)
         self.key = linear(config.dim, config.kv_heads * size, config.qkv_bias)
@@ -86,7 +86,7 @@ class Layer(nnx.Module):
         self.mlp_after = Norm(config.dim, config) if config.blocks_normed else None
         self.query_norm = Norm(size, config) if config.qk_norm else None
         self.key_norm = Norm(size, config) if config.qk_norm else None
-        self.config = config
+        self.config, self.kernel = config, kernel
 
     def __call__(
         self,
@@ -122,7 +122,10 @@ class Layer(nnx.Module):
         if past is not None:
             (keys, values), filled = past
             kept = key, value = write(keys, key, filled), write(values, value, filled)
-        mixed = attention(query, key, value, seen, scale=self.config.scale, cap=self.config.score_cap)
+        # One token at a time is no work for cuDNN, and memory has columns behind those that are filled.
+        kernel: Kernel = self.kernel if past is None else "xla"
+        scale, cap = self.config.scale, self.config.score_cap
+        mixed = attention(query, key, value, seen, scale=scale, cap=cap, causal=past is None, kernel=kernel)
         return self.out(mixed.reshape(*x.shape[:2], -1)), kept
 
     def perceive(self, x: Float[Array, "batch length dim"]) -> Float[Array, "batch length dim"]:
@@ -134,13 +137,22 @@ class Layer(nnx.Module):
 class Decoder(nnx.Module):
     """Token ids to the hidden states behind the last norm, and from those to logits where it has a head."""
 
-    def __init__(self, config: DecoderConfig, *, head: bool, dtype: Any, remat: str | None, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        config: DecoderConfig,
+        *,
+        head: bool,
+        dtype: Any,
+        remat: str | None,
+        rngs: nnx.Rngs,
+        kernel: Kernel = "auto",
+    ):
         linear, projected = _linear(dtype, rngs), config.word_dim != config.dim
         self.words = nnx.Embed(config.vocabulary, config.word_dim, rngs=rngs)
         self.project_in = linear(config.word_dim, config.dim, False) if projected else None
         table = config.positions + OPT_OFFSET
         self.positions = nnx.Embed(table, config.dim, rngs=rngs) if config.ropes[0] is None else None
-        self.layers = nnx.List([Layer(config, dtype=dtype, rngs=rngs) for _ in range(config.layers)])
+        self.layers = nnx.List([Layer(config, dtype=dtype, rngs=rngs, kernel=kernel) for _ in range(config.layers)])
         self.norm = Norm(config.dim, config) if config.norm_last else None
         self.project_out = linear(config.dim, config.word_dim, False) if projected else None
         # The head is of float32 whatever the rest is: differences of logits are small beside logits.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,6 +14,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, PartitionSpec
 
+from pluralprefs.encoders.attention import KERNELS, Kernel
 from pluralprefs.encoders.checkpoint import Tensors, check_all_read, fill, stored_name
 from pluralprefs.encoders.decoder import REMAT, Decoder
 from pluralprefs.encoders.decoder_config import MODEL_TYPES, DecoderConfig
@@ -87,19 +89,25 @@ def read_decoder(
     head: bool = False,
     dtype: Any = jnp.float32,
     remat: str | None = None,
+    kernel: Kernel = "auto",
     mesh: Mesh | None = None,
     rules: Rules = DECODER_RULES,
 ) -> Loaded:
     """Read config.json and safetensors of a folder, onto `mesh` by `rules` where one is given.
 
     `head` reads the language model's head too, which reward models lack; `dtype` is that of the products; `remat` is
-    one of `decoder.REMAT`, or None to keep everything for the gradient. Raises EncoderError for a model that is not
-    computed exactly, and for weights that config.json does not announce.
+    one of `decoder.REMAT`, or None to keep everything for the gradient; `kernel` that of attention. Raises EncoderError
+    for a model that is not computed exactly, and for weights that config.json does not announce.
     """
     config = DecoderConfig.read(folder)
     if remat not in (None, *REMAT):
         raise EncoderError(f"remat {remat!r} is not one of {', '.join(REMAT)}, or None")
-    model = nnx.eval_shape(lambda: Decoder(config, head=head, dtype=dtype, remat=remat, rngs=nnx.Rngs(0)))
+    if kernel not in KERNELS:
+        raise EncoderError(f"kernel {kernel!r} is not one of {', '.join(KERNELS)}")
+    if kernel == "cudnn" and config.score_cap is not None:
+        raise EncoderError(f"{folder}: scores of attention are softly capped, which cuDNN cannot; leave kernel out")
+    make = partial(Decoder, config, head=head, dtype=dtype, remat=remat, kernel=kernel)
+    model = nnx.eval_shape(lambda: make(rngs=nnx.Rngs(0)))
     graphdef, state = nnx.split(model)
     shapes, names = nnx.to_pure_dict(state), NAMES[config.model_type]
     with Tensors(folder, _plain_name) as tensors:
