@@ -13,6 +13,7 @@ import typer
 
 from pluralprefs.attributes_cli import attributes_app
 from pluralprefs.deploy_cli import export, serve
+from pluralprefs.encode_cli import encode
 from pluralprefs.personas_cli import personas_app
 from pluralprefs.registry_cli import runs_app
 from pluralprefs.terminal import plainly, say, warn
@@ -328,6 +329,10 @@ def report(
     say(f"{html}: written")
 
 
+app.command(
+    epilog="Examples: pluralprefs encode my.jsonl --out features · "
+    "pluralprefs encode part-*.parquet --encoder models/llama --out features --task 3/16"
+)(encode)
 app.command(epilog="Example: pluralprefs suggest runs/2026-... --pool pool.jsonl --user user.safetensors -n 5")(suggest)
 app.command(epilog="Example: pluralprefs ask runs/2026-... --pool pool.jsonl --user user.safetensors")(ask)
 app.command(epilog="Example: pluralprefs choose runs/2026-... --user user.safetensors --input responses.jsonl")(choose)

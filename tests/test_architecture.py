@@ -16,7 +16,7 @@ FLOORS = [
     "metrics",
     "contrasts results",
     "models encoders data registry baselines",
-    "users attributes",
+    "users attributes extraction",
     "newton blas personas",
     "adapt train",
     "fitting",
@@ -28,7 +28,7 @@ FLOORS = [
     "experiment",
     "run plots",
     "launch answering model_card teacher_cli",
-    "export serve sweep report attributes_cli deploy_cli personas_cli registry_cli users_cli wandb_cli",
+    "export serve sweep report attributes_cli deploy_cli encode_cli personas_cli registry_cli users_cli wandb_cli",
     "cli",
     "__init__",
 ]

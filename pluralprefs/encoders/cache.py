@@ -71,13 +71,18 @@ def encode_items(items: pl.DataFrame, encoder: Any, *, cache: Cache = None, prog
     """
     if isinstance(encoder, AttributeEncoder):
         return encoder(items)
+    texts, prompts = item_texts(items, encoder)
+    embedding = encode_texts(encoder, texts, cache=cache, progress=progress)
+    prompt = encode_texts(encoder, prompts, cache=cache, progress=progress) if encoder.prompt else None
+    return Item(embedding=embedding, prompt=prompt)  # pyright: ignore[reportArgumentType]
+
+
+def item_texts(items: pl.DataFrame, encoder: TextEncoder) -> tuple[list[Text], list[Text]]:
+    """What is encoded of an item table, one a row: responses (with their prompts where the encoder is joint) and,
+    where it wants them, prompts alone."""
     prompts, responses = items["prompt"].to_list(), items["text"].to_list()
     texts = [Text(prompt if encoder.joint else None, text) for prompt, text in zip(prompts, responses, strict=True)]
-    embedding = encode_texts(encoder, texts, cache=cache, progress=progress)
-    prompt = None
-    if encoder.prompt:
-        prompt = encode_texts(encoder, [Text(prompt or "", None) for prompt in prompts], cache=cache, progress=progress)
-    return Item(embedding=embedding, prompt=prompt)  # pyright: ignore[reportArgumentType]
+    return texts, [Text(prompt or "", None) for prompt in prompts] if encoder.prompt else []
 
 
 def encode_texts(
@@ -106,7 +111,7 @@ def encode_texts(
         for key in keys:
             missing.pop(key, None)
     todo = {key: whole[rows[0]] for key, rows in missing.items()}
-    for keys, rows in _encode(encoder, todo, batch_tokens or _batch_tokens(), progress):
+    for keys, rows in encode_new(encoder, todo, batch_tokens, progress):
         if shards:
             shards.write(keys, rows)
         _put(features, places, keys, rows)
@@ -142,7 +147,7 @@ class Shards:
         ]
         folder.mkdir(parents=True, exist_ok=True)
         if not (folder / "encoder.json").exists():
-            _write(folder / "encoder.json", identity.encode())
+            write_whole(folder / "encoder.json", identity.encode())
         return cls(folder, encoder.dim)
 
     def read(self, wanted: Collection[bytes]) -> Iterator[tuple[list[bytes], Float[np.ndarray, "rows dim"]]]:
@@ -174,19 +179,37 @@ class Shards:
             raise EncoderError("checksum differs")
         return keys, features
 
-    def write(self, keys: list[bytes], features: Float[np.ndarray, "rows dim"]) -> None:
-        """Keep these rows in a new shard, named by its texts."""
+    def verified(self, path: Path) -> tuple[list[bytes], str]:
+        """The keys of a shard and its checksum. Raises EncoderError where the file is damaged."""
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(path, framework="numpy") as file:
+                names, features = file.get_tensor("keys"), file.get_tensor("features")
+                checksum = (file.metadata() or {}).get("checksum")
+        except SafetensorError as error:
+            raise EncoderError(f"{path}: damaged ({error})") from error
+        if features.shape != (len(names), self.dim) or _checksum(names, features) != checksum:
+            raise EncoderError(f"{path}: damaged (checksum differs)")
+        return [row.tobytes() for row in names], str(checksum)
+
+    def write(self, keys: list[bytes], features: Float[np.ndarray, "rows dim"], name: str = "") -> None:
+        """Keep these rows in a new shard, named by its texts where no other name is given."""
         from safetensors.numpy import save
 
         names = np.frombuffer(b"".join(keys), np.uint8).reshape(-1, 16)
         content = save({"keys": names, "features": features}, {"checksum": _checksum(names, features)})
-        _write(self.folder / f"{_hash(names.tobytes()).hexdigest()}.safetensors", content)
+        write_whole(self.folder / f"{name or _hash(names.tobytes()).hexdigest()}.safetensors", content)
 
 
-def _encode(
-    encoder: TextEncoder, texts: dict[bytes, Text], batch_tokens: int, progress: Show
+def encode_new(
+    encoder: TextEncoder, texts: dict[bytes, Text], batch_tokens: int | None, progress: Show
 ) -> Iterator[tuple[list[bytes], np.ndarray]]:
-    """Yield keys and features of a shard's worth of texts at a time."""
+    """Yield keys and features of a shard's worth of texts at a time, without a look at any cache.
+
+    Features follow from the texts, their order and `batch_tokens` (None: 2,048 on CPU, 32,768 elsewhere) to the bit.
+    """
+    batch_tokens = batch_tokens or _batch_tokens()
     keys, begun = list(texts), time.monotonic()
     done: list[tuple[bytes, np.ndarray]] = []
     with _bar(len(keys), progress) as bar:
@@ -266,7 +289,7 @@ def _bar(count: int, progress: Show) -> AbstractContextManager[Progress]:
     return Progress(*columns, console=Console(stderr=True), disable=not shown)
 
 
-def _write(path: Path, content: bytes) -> None:
+def write_whole(path: Path, content: bytes) -> None:
     """Write a file whole or not at all."""
     unfinished = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}")
     unfinished.write_bytes(content)

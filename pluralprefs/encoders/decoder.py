@@ -86,7 +86,8 @@ class Layer(nnx.Module):
         self.mlp_after = Norm(config.dim, config) if config.blocks_normed else None
         self.query_norm = Norm(size, config) if config.qk_norm else None
         self.key_norm = Norm(size, config) if config.qk_norm else None
-        self.config, self.kernel = config, kernel
+        self.config = config
+        self.kernel: Kernel = kernel
 
     def __call__(
         self,
