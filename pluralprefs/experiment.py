@@ -23,6 +23,7 @@ import polars as pl
 
 from pluralprefs.adapt import laplace_user, stepped_user
 from pluralprefs.attributes.source import AttributeSource, checked
+from pluralprefs.backbone import BACKBONE, Backbone, restore_backbone, save_backbone, train_backbone
 from pluralprefs.baselines import artefact_log_odds, length_only, majority_of_others, prediction_rows
 from pluralprefs.data import batches, splits
 from pluralprefs.encoders import load as load_encoder
@@ -60,6 +61,7 @@ Tell = Callable[[str], None]
 class Experiment:
     """What to run. `data` returns the table; an `encoder` of None means that `attr:` columns are the features.
 
+    backbone     how the encoder is trained beside the family, before all else; None leaves it frozen
     attributes   source of `Item.attributes` (`AttributeSource`), with `fit` where training items teach it
     features   keywords of `Features.fit`: columns appended to the embedding (log length, a kernel)
     shots, draws   the shot curve of unseen users; `support` returns published draws instead of drawing
@@ -74,6 +76,7 @@ class Experiment:
     data: Callable[[], pl.DataFrame]
     model: Callable[..., Any]
     encoder: Callable[[], Any] | None = None
+    backbone: Backbone | None = None
     attributes: Callable[[], AttributeSource] | None = None
     features: Mapping[str, Any] = field(default_factory=dict)
     users: Pooled = field(default_factory=Pooled)
@@ -148,22 +151,34 @@ def every_family(*, seeds: tuple[int, ...] = (0, 1, 2), **shared: Any) -> dict[s
 
 
 @dataclass(frozen=True)
-class Prepared:
-    """Data as arrays: the table with cells, its item table, features and index rows, all in the table's order."""
+class Indexed:
+    """Data before features: the table with cells, its item table and index rows, in the table's order."""
 
     table: pl.DataFrame
     items: pl.DataFrame
-    features: Item
     rows: Rows
     vocabulary: batches.Vocabulary
-    maps: Features | None
-    encoder: Any
-    attributes: Any
     notes: tuple[str, ...]
 
 
+@dataclass(frozen=True)
+class Prepared(Indexed):
+    """Data as arrays: `Indexed` with the features of the items, and what the training of the encoder came to."""
+
+    features: Item
+    maps: Features | None
+    encoder: Any
+    attributes: Any
+    backbone: Mapping[str, Any]
+
+
 def prepare(experiment: Experiment, table: pl.DataFrame | None = None, *, progress: bool = True) -> Prepared:
-    """Read, split, encode and index the data of an experiment."""
+    """Read, split, index and encode the data of an experiment."""
+    return featured(experiment, indexed(experiment, table), progress=progress)
+
+
+def indexed(experiment: Experiment, table: pl.DataFrame | None = None) -> Indexed:
+    """Read, split and index the data of an experiment."""
     table = experiment.data() if table is None else table
     notes: list[str] = []
     if "cell" not in table.columns:
@@ -172,20 +187,37 @@ def prepare(experiment: Experiment, table: pl.DataFrame | None = None, *, progre
     notes.append(str(splits.leak_report(table)))
     vocabulary = batches.vocabulary(table, experiment.community)
     items = batches.item_table(table)
-    encoder, features, maps = encode(experiment, table, items, progress=progress)
-    source, features = _with_attributes(experiment, table, items, features)
     rows = batches.index_rows(table, items, vocabulary, experiment.community)
     vocabulary = vocabulary._replace(items=_effect_items(table))
-    features = features.replace(index=item_positions(items, vocabulary))
-    return Prepared(table, items, features, rows, vocabulary, maps, encoder, source, tuple(notes))
+    return Indexed(table, items, rows, vocabulary, tuple(notes))
+
+
+def featured(
+    experiment: Experiment, found: Indexed, *, progress: bool = True, keep: Path | None = None,
+    report: Report | None = None,
+) -> Prepared:  # fmt: skip
+    """Train the encoder where the experiment asks for it, and encode the items.
+
+    The trained encoder is kept in the folder `keep`, where training goes on from its checkpoints, and is read back from
+    there; `report` hears of its epochs.
+    """
+    table, items = found.table, found.items
+    encoder: Any = (experiment.encoder or partial(load_encoder, "attributes"))()
+    source = _source(experiment, table, items)
+    notes: dict[str, Any] = {}
+    if experiment.backbone is not None:
+        encoder, notes = _trained(experiment, experiment.backbone, encoder, source, found, keep, report)
+    encoder, features, maps = encode(experiment, table, items, encoder, progress=progress)
+    features = features if source is None else attach(source, items, features)
+    features = features.replace(index=item_positions(items, found.vocabulary))
+    return Prepared(**vars(found), features=features, maps=maps, encoder=encoder, attributes=source, backbone=notes)
 
 
 def encode(
-    experiment: Experiment, table: pl.DataFrame, items: pl.DataFrame, *, progress: bool = True
+    experiment: Experiment, table: pl.DataFrame, items: pl.DataFrame, encoder: Any, *, progress: bool = True
 ) -> tuple[Any, Item, Features | None]:
     """Encode the items and append the feature columns, both fitted on the items of training rows."""
     known = items["item_id"].is_in(_training_items(table)).to_numpy()
-    encoder: Any = (experiment.encoder or partial(load_encoder, "attributes"))()
     if hasattr(encoder, "fit"):
         encoder = type(encoder).fit(items, items.filter(known)["item_key"])
     item = encode_items(items, encoder, progress=progress)
@@ -199,17 +231,47 @@ def encode(
     return encoder, item, maps
 
 
-def _with_attributes(
-    experiment: Experiment, table: pl.DataFrame, items: pl.DataFrame, features: Item
-) -> tuple[Any, Item]:
-    """Add the attributes of the items, from a source that is fitted to the items of training rows."""
+def _source(experiment: Experiment, table: pl.DataFrame, items: pl.DataFrame) -> Any:
+    """The source of attributes, fitted to the items of training rows; None where there is none."""
     if experiment.attributes is None:
-        return None, features
+        return None
     source: Any = experiment.attributes()
     if hasattr(source, "fit"):
         known = items.filter(pl.col("item_id").is_in(_training_items(table)))
         source = type(source).fit(items, known["item_key"])
-    return checked(source), attach(source, items, features)
+    return checked(source)
+
+
+def _trained(
+    experiment: Experiment, backbone: Backbone, encoder: Any, source: Any, found: Indexed, keep: Path | None,
+    report: Report | None,
+) -> tuple[Any, dict[str, Any]]:  # fmt: skip
+    """Train the encoder beside a fresh model of the family, on rows of `TRAINING` alone, or read it from `keep`.
+
+    Items bring no effect of their own and no feature columns: the encoder is to learn what they would say.
+    """
+    if keep is not None and (keep / BACKBONE).exists():
+        return restore_backbone(keep / BACKBONE, backbone, encoder), {}
+    cell, items = found.table["cell"].to_numpy(), found.items
+    blank: Any = np.broadcast_to(np.float32(0), (items.height, getattr(encoder, "dim", 0)))
+    features = Item(embedding=blank, prompt=blank if encoder.prompt else None)
+    features = features if source is None else attach(source, items, features)
+    model = draw_model(experiment, backbone.seed, data_sizes(features, found.vocabulary._replace(items=()), None))
+    if isinstance(model, Residual):
+        raise ValueError(f"backbone: {type(model.family).__name__} infers its users from episodes, beside which no "
+                         "encoder is trained here: train it with another family, or set backbone to None")  # fmt: skip
+    joint = not isinstance(model, LinearInUser) and "user" in experiment.users.levels
+    trained, parameters, notes = train_backbone(
+        backbone, encoder, model, table=items, items=jax.tree.map(np.asarray, features),
+        rows=take(found.rows, np.flatnonzero(np.isin(cell, TRAINING))),
+        validation=take(found.rows, np.flatnonzero(cell == "validation")), pooled=experiment.users,
+        users=len(found.vocabulary.users) if joint else 0, likelihood=experiment.likelihood,
+        reduction=experiment.reduction, transform=experiment.transform,
+        checkpoints=keep and keep / "checkpoints" / "backbone", report=report,
+    )  # fmt: skip
+    if keep is not None:
+        save_backbone(keep / BACKBONE, encoder, parameters)
+    return trained, notes
 
 
 def attach(source: Any, items: pl.DataFrame, features: Item) -> Item:

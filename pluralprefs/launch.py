@@ -26,12 +26,14 @@ from pluralprefs.evaluate import SEEN, evaluate
 from pluralprefs.experiment import (
     FAMILIES,
     Experiment,
+    Indexed,
     Prepared,
     Tell,
     baseline_predictions,
+    featured,
     fingerprint,
     fit_seed,
-    prepare,
+    indexed,
     summary_line,
     support,
 )
@@ -62,15 +64,17 @@ def run(
     an accelerator only, since a CPU gains nothing by it. Families that infer users train a seed at a time all the same.
     """
     tell = tell or (lambda _: None)
-    prepared = prepare(experiment, table, progress=progress)
-    for note in prepared.notes:
+    found = indexed(experiment, table)
+    # An encoder that is trained needs the folder for its checkpoints; a frozen one is refused before there is one.
+    prepared = None if experiment.backbone else featured(experiment, found, progress=progress)
+    for note in found.notes:
         tell(note)
     folder = create(
         root, (experiment.name, experiment.data_name), describe(experiment), seeds=experiment.seeds,
-        devices=[str(device) for device in jax.devices()], data_fingerprint=fingerprint(prepared.table),
+        devices=[str(device) for device in jax.devices()], data_fingerprint=fingerprint(found.table),
     )  # fmt: skip
     folder.update(vmap=len(experiment.seeds) > 1 and (jax.default_backend() != "cpu" if vmap is None else vmap))
-    return _fill(folder, experiment, prepared, progress, tell)
+    return _fill(folder, experiment, found, prepared, progress, tell)
 
 
 def resume(
@@ -91,17 +95,20 @@ def resume(
     kept = restore_source(folder.path)
     if isinstance(kept, Predicted):  # not those that the folder of predictors may hold by now
         experiment = replace(experiment, attributes=lambda: kept)
-    prepared = prepare(experiment, table, progress=progress)
-    if fingerprint(prepared.table) != content["data_fingerprint"]:
+    found = indexed(experiment, table)
+    if fingerprint(found.table) != content["data_fingerprint"]:
         raise comparisons.DataError(f"{folder.path}: the data of {experiment.data_name!r} have changed since this run "
                                     "began: bring them back, or train again without --resume")  # fmt: skip
-    return _fill(folder, experiment, prepared, progress, tell)
+    return _fill(folder, experiment, found, None, progress, tell)
 
 
-def _fill(folder: RunFolder, experiment: Experiment, prepared: Prepared, progress: bool, tell: Tell) -> Run:
+def _fill(
+    folder: RunFolder, experiment: Experiment, data: Indexed, prepared: Prepared | None, progress: bool, tell: Tell
+) -> Run:
     """Fit the seeds that the folder lacks, each kept as soon as it ends, and record the run."""
     with folder:
-        folder.update(leaks=list(prepared.notes), rows=prepared.table.height)
+        folder.update(leaks=list(data.notes), rows=data.table.height)
+        prepared = prepared or _featured(folder, experiment, data, progress, tell)
         save_shared(folder, experiment, prepared)
         draws = support(experiment, prepared.table)
         predictions = _predictions_so_far(folder, experiment, prepared)
@@ -136,6 +143,17 @@ def _fill(folder: RunFolder, experiment: Experiment, prepared: Prepared, progres
         folder.append_metrics(metric_rows)
         folder.summarise(_headline(metric_rows, experiment.name))
     return load(folder.path)
+
+
+def _featured(folder: RunFolder, experiment: Experiment, data: Indexed, progress: bool, tell: Tell) -> Prepared:
+    """Train the encoder where that is asked for, kept in the folder, and encode the items."""
+    with _epoch_bar("encoder", shown=progress and experiment.backbone is not None) as report:
+        prepared = featured(experiment, data, progress=progress, keep=folder.path, report=report)
+    if prepared.backbone:
+        folder.update(backbone=dict(prepared.backbone))
+        tell(f"encoder: trained {prepared.backbone['trained_parameters']:,} of its parameters, best after epoch "
+             f"{prepared.backbone['epochs']}")  # fmt: skip
+    return prepared
 
 
 def _predictions_so_far(folder: RunFolder, experiment: Experiment, prepared: Prepared) -> pl.DataFrame:

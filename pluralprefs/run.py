@@ -38,6 +38,7 @@ from pluralprefs.adapting import (
 )
 from pluralprefs.attributes.source import COLUMNS
 from pluralprefs.attributes.source import restore as restore_source
+from pluralprefs.backbone import BACKBONE, restore_backbone
 from pluralprefs.choosing import against_average, responses_table
 from pluralprefs.contrasts import controls
 from pluralprefs.data import batches, comparisons, splits
@@ -503,7 +504,10 @@ def _load_maps(where: Path) -> Features | None:
 
 def _encoder(experiment: Experiment, where: Path) -> Any:
     saved = where / "encoder.json"
-    return AttributeEncoder.restore(saved) if saved.exists() else (experiment.encoder or AttributeEncoder)()
+    if saved.exists():
+        return AttributeEncoder.restore(saved)
+    encoder = (experiment.encoder or AttributeEncoder)()
+    return restore_backbone(where / BACKBONE, experiment.backbone, encoder) if experiment.backbone else encoder
 
 
 def _attributes(experiment: Experiment, where: Path) -> Any:

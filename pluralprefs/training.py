@@ -118,11 +118,11 @@ def gradient_bases(
     that belongs to this very fit, from which it continues (None: keep none). Raises FloatingPointError where a loss is
     not finite.
     """
-    starts = [_first_users(model, items, rows, pooled, users) for model in models]
+    starts = [first_users(model, items, rows, pooled, users) for model in models]
     flat = rows.replace(community=np.full_like(rows.community, -1))
     flat = flat if users else strangers(flat)
     loss = comparison_loss(
-        _gather_state,
+        gather_state,
         reduction=reduction,
         user_penalty=penalty if users else None,
         rows=float(rows.weight.sum()),
@@ -134,7 +134,7 @@ def gradient_bases(
     training = Training(
         _epoch_step(one_step, transform, steps), items,
         lambda number, masked: stacked([epoch(seed, number, masked, batch_size) for seed in seeds]),
-        None if asked is None else partial(_validation_nats, items=items, rows=asked, likelihood=likelihood),
+        None if asked is None else partial(row_nats, items=items, rows=asked, likelihood=likelihood),
         tuple(epochs), tuple(reports or (None,) * len(seeds)),
         partial(_learn_strength, items=items, users=users) if users else None,
     )  # fmt: skip
@@ -159,7 +159,7 @@ def gradient_bases(
     return [partial(base, place) for place in range(len(models))]
 
 
-def _first_users(model: Any, items: Item, rows: Rows, pooled: Pooled, users: int) -> Users:
+def first_users(model: Any, items: Item, rows: Rows, pooled: Pooled, users: int) -> Users:
     """The user table that training starts from."""
     start = Users.init(model, users=users, communities=0)
     if not users:
@@ -297,7 +297,7 @@ def _leaves(state: TrainState, best: list[_Best]) -> dict[str, Any]:
     return {"state": state, "best": stacked([found.params for found in best]), **numbers}
 
 
-def _validation_nats(params: Params, items: Item, rows: Rows, likelihood: Any) -> float:
+def row_nats(params: Params, items: Item, rows: Rows, likelihood: Any) -> float:
     """Mean loss of rows of known users under their trained states."""
     logits = row_log_odds(params.model, params.users, items, rows)
     return float(jnp.mean(jax.vmap(likelihood)(jnp.asarray(logits, jnp.float32), jax.tree.map(jnp.asarray, rows))))
@@ -318,7 +318,8 @@ def _learn_strength(params: Params, rows: Rows, *, items: Item, users: int) -> P
     return params.replace(users=params.users.replace(user_root=jnp.where(new > 0, jnp.maximum(new, 1e-3), 1.0)))
 
 
-def _gather_state(users: Users, community: Array, user: Array) -> Any:
+def gather_state(users: Users, community: Array, user: Array) -> Any:
+    """The state of one row's user: what `train.comparison_loss` asks for."""
     base, deviation = gather(users, community, user)
     return jax.tree.map(jnp.add, base, deviation.state)
 

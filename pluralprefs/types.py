@@ -38,6 +38,8 @@ class Item(Replaceable):
     `embedding` is of the response alone or of prompt and response together: the encoder says which, a family declares
     which it needs. `prompt` is the hidden state at the end of the prompt, equal in the two items of a comparison.
     `index` is the row of the item in the table of items seen in training, -1 for an item never seen.
+
+    Before it is encoded, an item holds Tokens in the places of `embedding` and `prompt` (`encoders.text.encode`).
     """
 
     embedding: Float[Array, "*batch dim"]
@@ -187,11 +189,13 @@ Adapter = Callable[..., UserPosterior]
 
 @struct.dataclass
 class Params(Replaceable):
-    """Everything that is learned: the family, the pooled user table and the likelihood's own scalars."""
+    """Everything that is learned: the family, the pooled user table, the likelihood's own scalars, and of the encoder
+    what is trained beside them (None where it is frozen)."""
 
     model: Any
     users: Any
     likelihood: Any
+    encoder: Any = None
 
 
 @struct.dataclass

@@ -5,17 +5,18 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from flax import nnx, struct
 from jaxtyping import Array, Float
 
 from pluralprefs.encoders.pooling import Pooling, l2_normalise, pool
 from pluralprefs.encoders.tokens import Renderer
-from pluralprefs.types import Item, Tokens
+from pluralprefs.types import Comparisons, Encoder, Item, Replaceable, Tokens
 
 
 @struct.dataclass
-class TextEncoder:
+class TextEncoder(Replaceable):
     """Tokens -> Item with one embedding a text, jit-able and differentiable in `params`.
 
     `joint` says that item embeddings are of prompt and response together; `prompt` that items also carry an embedding
@@ -55,3 +56,18 @@ class TextEncoder:
         """Encode Tokens [batch, length] as Item with embedding [batch, dim], in float32."""
         embedding = pool(self.hidden(tokens).astype(jnp.float32), jnp.asarray(tokens.mask), self.pooling)
         return Item(embedding=l2_normalise(embedding) if self.normalise else embedding)
+
+
+def encode(encoder: Encoder, comparisons: Comparisons[Any]) -> Comparisons[Item]:
+    """Comparisons of items that hold Tokens, encoded. Frozen or trained is only where this is called.
+
+    Both responses go through the encoder in one batch; the prompt, equal in the two, once. What else the items hold
+    (attributes, index) is kept.
+    """
+    first, second = comparisons.first, comparisons.second
+    both = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), first.embedding, second.embedding)
+    one, other = jnp.split(encoder(both).embedding, 2)
+    prompt = None if first.prompt is None else encoder(first.prompt).embedding
+    return comparisons.replace(
+        first=first.replace(embedding=one, prompt=prompt), second=second.replace(embedding=other, prompt=prompt)
+    )

@@ -1,0 +1,333 @@
+"""Train the encoder beside the family: adapters (LoRA), all of its weights, or a part of them chosen by name.
+
+The parameters of a step are those of the family, the user table and the likelihood, as on frozen features, and what is
+trained of the encoder (`Params.encoder`); the loss is that of `train.comparison_loss` and the step that of
+`train.make_train_step`. What stays frozen travels with the batch: it has no gradient, no optimiser state and no place
+in a checkpoint. Which is which, and the learning rate of each group, is one list of (regular expression, label) over
+the names of parameters ("encoder/layers/0/query/kernel", "model/head", "users/population"), where "frozen" is a label.
+
+This is a stage before the fit. Its result is the encoder alone, with weights of its own and so features of its own in
+the cache; family and users are fitted anew on those features, and pooled and evaluated as for any encoder.
+
+What it does to honesty. The encoder learns from rows of the cell "train" only. Validation rows choose its epochs, then
+choose for the fit too; test rows and unseen users are never met. But "out of fold" no longer means unseen: each fold of
+the cross-fit predicts rows from features that have learned those rows, so the population looks surer there than it is
+on new pairs, and the strength of users and the spread between halves come out smaller than they are. Cells of the test
+are not concerned. One encoder serves all seeds of a run, whose spread does not contain its own.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import re
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import polars as pl
+from jax.sharding import Mesh
+from jaxtyping import Array, Float
+
+from pluralprefs.encoders.cache import encode_items
+from pluralprefs.encoders.decoder_weights import DECODER_RULES
+from pluralprefs.encoders.lora import FACTORS, Lora, attach, join, split
+from pluralprefs.encoders.text import TextEncoder, encode
+from pluralprefs.encoders.weights import EncoderError
+from pluralprefs.fitting import Rows, strangers, take
+from pluralprefs.registry.files import load_arrays, save_arrays
+from pluralprefs.sharding import BATCH_AXES, USER_TABLE_RULES, batch_sharding, leaf_name, make_mesh, shard_rules
+from pluralprefs.token_batches import TokenBatches
+from pluralprefs.train import (
+    CheckpointStore,
+    LossFn,
+    Metrics,
+    StepFn,
+    comparison_loss,
+    init_state,
+    label_by_path,
+    make_train_step,
+    make_transformed_step,
+    train,
+)
+from pluralprefs.training import FROZEN, Report, first_users, gather_state, row_nats
+from pluralprefs.types import Comparisons, Item, Key, Params, Reduction, TrainState
+from pluralprefs.users import Pooled, penalty
+
+SAVE_SECONDS = 600.0  # between checkpoints: what a kill can cost
+SAMPLE = 256  # pairs that tell how far a user state moves log-odds before any training
+BACKBONE = "backbone.safetensors"  # in a run folder
+RULES = (*DECODER_RULES, *USER_TABLE_RULES)
+Labels = tuple[tuple[str, str], ...]
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """How an encoder is trained. The defaults are LoRA; without `lora` all weights are trained.
+
+    groups       (regular expression, label) over names of parameters, before the rules that say the above; the label is
+                 "frozen" or one of `optimizers`: layer-wise learning rates are groups of "^encoder/layers/0/" and so on
+    optimizers   of each group of parameters, at its full learning rate; what is not of the encoder is of the "head"
+    epochs       at most; validation rows choose how many
+    batch_tokens of a batch, padding included; `accumulate` batches make one update
+    clip         largest norm of a gradient
+    warmup, final   shares: of updates in which the rate grows, and what is left of it at the end of its cosine
+    frozen_dtype of the weights that are not trained: "bfloat16" for half the memory
+    mesh         sizes of `sharding.make_mesh`; none is one device
+    """
+
+    lora: Lora | None = field(default_factory=Lora)
+    groups: Labels = ()
+    optimizers: Mapping[str, Callable[[], optax.GradientTransformation]] = field(
+        default_factory=lambda: {
+            "backbone": partial(optax.adamw, learning_rate=1e-4, weight_decay=1e-2),
+            "head": partial(optax.adamw, learning_rate=5e-3, weight_decay=1e-2),
+        }
+    )
+    epochs: int = 3
+    batch_tokens: int = 8192
+    accumulate: int = 1
+    clip: float = 1.0
+    warmup: float = 0.03
+    final: float = 0.1
+    frozen_dtype: str = "float32"
+    mesh: Mapping[str, int] = field(default_factory=dict)
+    seed: int = 0
+
+    def labels(self, params: Params) -> dict[str, str]:
+        """The label of every parameter by its name. Raises ValueError for a group without parameters or optimiser."""
+        label_by_path(self.groups, default="head")(params)  # a misspelt name is an error
+        unknown = {label for _, label in self.groups} - {"frozen", *self.optimizers}
+        if unknown:
+            known = ", ".join(("frozen", *self.optimizers))
+            raise ValueError(f"backbone.groups: no optimiser for {min(unknown)!r}; there are {known}")
+        trained = (FACTORS if self.lora else "^encoder/", "backbone")
+        rules = (*self.groups, trained, ("^encoder/", "frozen"), *FROZEN, ("", "head"))
+        names = [leaf_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
+        return {name: next(label for pattern, label in rules if re.search(pattern, name)) for name in names}
+
+    def optimizer(self, labels: Mapping[str, str], steps: int) -> optax.GradientTransformation:
+        """The optimiser of `steps` batches: clipped, each group at its own rate, one schedule for all."""
+
+        def labelled(params: Any) -> Any:
+            return jax.tree_util.tree_map_with_path(lambda path, _: labels[leaf_name(path)], params)
+
+        updates = max(steps // self.accumulate, 1)
+        warm = min(round(self.warmup * updates), updates - 1)
+        schedule = optax.warmup_cosine_decay_schedule(0.0 if warm else 1.0, 1.0, warm, updates, self.final)
+        frozen: dict[Any, optax.GradientTransformation] = {"frozen": optax.set_to_zero()}
+        each: dict[Any, Any] = frozen | {name: make() for name, make in self.optimizers.items()}
+        # What is frozen counts in no norm: first it goes, then the rest is clipped.
+        only: dict[Any, Any] = frozen | dict.fromkeys(self.optimizers, optax.identity())
+        chain = optax.chain(
+            optax.partition(only, labelled),
+            optax.clip_by_global_norm(self.clip),
+            optax.partition(each, labelled),
+            optax.scale_by_schedule(schedule),
+        )
+        return optax.MultiSteps(chain, self.accumulate).gradient_transformation() if self.accumulate > 1 else chain
+
+
+def encoding_loss(loss_fn: LossFn, encoder: TextEncoder) -> LossFn:
+    """Make a loss over (what is frozen of the encoder, comparisons of Tokens) from one over comparisons of Items.
+
+    Of `encoder` only the architecture counts: its parameters are those of `Params.encoder` and of the batch.
+    """
+    blank = encoder.replace(params={})
+
+    def loss(params: Params, batch: tuple[Any, Comparisons[Any]], key: Key) -> tuple[Float[Array, ""], Metrics]:
+        frozen, comparisons = batch
+        whole = blank.replace(params=join(params.encoder, frozen))
+        return loss_fn(params, encode(whole, comparisons), key)
+
+    return loss
+
+
+def train_backbone(
+    backbone: Backbone,
+    encoder: Any,
+    model: Any,
+    *,
+    table: pl.DataFrame,
+    items: Item,
+    rows: Rows,
+    validation: Rows,
+    pooled: Pooled,
+    users: int,
+    likelihood: Any,
+    reduction: Reduction,
+    transform: Callable[..., Any] | None = None,
+    checkpoints: Path | None = None,
+    report: Report | None = None,
+) -> tuple[TextEncoder, dict[str, Any], dict[str, Any]]:
+    """Train an encoder beside a family's fresh `model`; return it, its trained parameters by name, and plain notes.
+
+    `table` is the item table that `rows` and `validation` speak of, `items` what goes with its texts (attributes), as
+    numpy arrays; `users` is the size of the user table trained along, 0 for a population alone. The parameters are
+    those after the epoch that predicts the validation rows best, the last where there are none. `checkpoints` is a
+    folder that belongs to this very training, from which it continues to the same bits. `report(epochs done, epochs,
+    loss)` is called after each epoch. Raises FloatingPointError where a loss is not finite.
+    """
+    started = begun(backbone, encoder)
+    mesh = make_mesh(**dict[str, Any](backbone.mesh)) if backbone.mesh else None
+    flat = rows.replace(community=np.full_like(rows.community, -1))
+    flat = flat if users else strangers(flat)
+    batches = TokenBatches.render(
+        started, table, items, flat, budget=backbone.batch_tokens, seed=backbone.seed,
+        multiple=math.prod(mesh.shape[axis] for axis in BATCH_AXES) if mesh else 1,
+    )  # fmt: skip
+    steps = backbone.epochs * batches.steps
+    sample = take(strangers(flat), np.linspace(0, len(flat.target) - 1, min(len(flat.target), SAMPLE)).astype(int))
+    table_of_users = first_users(model, *_encoded(started, table, items, sample), pooled, users)
+    labels = backbone.labels(Params(model, table_of_users, likelihood, encoder=started.params))
+    trained, frozen = split(started.params, lambda name: labels[f"encoder/{name}"] != "frozen")
+    frozen = jax.tree.map(lambda leaf: leaf.astype(backbone.frozen_dtype), frozen)
+    update = backbone.optimizer(labels, steps)
+    state = init_state(
+        Params(model, table_of_users, likelihood, encoder=trained), update, jax.random.key(backbone.seed)
+    )
+    state, frozen = _placed((state, frozen), mesh)
+
+    def nats(params: Params) -> float:
+        now = started.replace(params=join(params.encoder, frozen))
+        return row_nats(params.replace(encoder=None), *_encoded(now, table, items, validation), likelihood)
+
+    step = _step(started, update, batches, steps, reduction=reduction, users=users, transform=transform)
+    best = {"encoder": state.params.encoder, "nats": np.float32(np.inf), "epochs": np.int32(0)}
+    state, best = _train(
+        {"state": state, "best": best}, step, batches, steps, frozen, mesh,
+        nats if len(validation.target) else None, checkpoints, report,
+    )  # fmt: skip
+    found = {leaf_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(best["encoder"])}
+    sizes = {"trained_parameters": _count(trained), "frozen_parameters": _count(frozen)}
+    notes = {"epochs": int(best["epochs"]), "steps": int(state.step), **sizes}
+    notes |= {"validation_nll": float(best["nats"])} if len(validation.target) else {}
+    return applied(backbone, encoder, found, mesh), found, notes
+
+
+def begun(backbone: Backbone, encoder: Any) -> TextEncoder:
+    """The encoder that training starts from, adapters attached. Raises EncoderError for one without weights."""
+    if not isinstance(encoder, TextEncoder):
+        raise EncoderError("backbone: this encoder has no weights to train; give a text encoder, or backbone=None")
+    return encoder if backbone.lora is None else attach(encoder, backbone.lora, jax.random.key(backbone.seed))
+
+
+def applied(backbone: Backbone, encoder: Any, found: Mapping[str, Any], mesh: Mesh | None = None) -> TextEncoder:
+    """The encoder with trained parameters, by name, in their places, and an identity of its own.
+
+    Raises EncoderError for parameters that the encoder does not have.
+    """
+    started = begun(backbone, encoder)
+    names = {leaf_name(path): leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(started.params)}
+    for name, leaf in found.items():
+        if names.get(name) != leaf.shape:
+            raise EncoderError(f"backbone: parameter {name} is {leaf.shape}, the encoder has {names.get(name)}")
+
+    def place(path: Any, leaf: Any) -> Any:
+        name = leaf_name(path)
+        return jnp.asarray(np.asarray(found[name])) if name in found else leaf.astype(backbone.frozen_dtype)
+
+    params = jax.tree_util.tree_map_with_path(place, started.params)
+    return started.replace(params=_placed(params, mesh), weights=_digest(backbone, started.weights, found))
+
+
+def save_backbone(path: Path, encoder: TextEncoder, found: Mapping[str, Any]) -> None:
+    """Write trained parameters as one safetensors file that names the weights of the encoder they were trained from."""
+    save_arrays(path, {name: np.asarray(leaf) for name, leaf in found.items()}, {"weights": encoder.weights})
+
+
+def restore_backbone(path: Path, backbone: Backbone, encoder: Any) -> TextEncoder:
+    """Apply what `save_backbone` wrote. Raises EncoderError where the encoder is not the one that was trained."""
+    found, about = load_arrays(path)
+    if about.get("weights") != encoder.weights:
+        raise EncoderError(f"{path}: was trained from another encoder than the one at hand: bring back its weights")
+    return applied(backbone, encoder, found)
+
+
+def _step(
+    encoder: TextEncoder, update: optax.GradientTransformation, batches: TokenBatches, steps: int, *,
+    reduction: Reduction, users: int, transform: Callable[..., Any] | None,
+) -> StepFn:  # fmt: skip
+    """One jitted step, in which a pair counts alike in a batch of few pairs and in one of many."""
+    total = float(batches.rows.weight.sum())
+
+    def evenly(nats: Float[Array, " rows"], batch: Comparisons[Any]) -> Float[Array, ""]:
+        return reduction(nats, batch) * jnp.sum(batch.weight) * (batches.steps / total)
+
+    loss = comparison_loss(
+        gather_state, reduction=evenly, user_penalty=penalty if users else None, rows=total if users else None
+    )
+    step = make_train_step(encoding_loss(loss, encoder), update)
+    if transform is not None:
+        change = partial(transform, steps=steps)
+        step = make_transformed_step(step, lambda batch, key, at: (batch[0], change(batch[1], key, at)))
+    return jax.jit(step, donate_argnums=0)
+
+
+def _train(
+    kept: dict[str, Any], step: StepFn, batches: TokenBatches, steps: int, frozen: Any, mesh: Mesh | None,
+    nats: Callable[[Params], float] | None, checkpoints: Path | None, report: Report | None,
+) -> tuple[TrainState, dict[str, Any]]:  # fmt: skip
+    """Train to the end, from the last checkpoint where there is one; return the state and the best epoch's encoder."""
+    store = None if checkpoints is None else CheckpointStore(checkpoints, keep=1)
+    if store is not None and store.latest() is not None:
+        kept = store.restore(kept)
+    best, start, epochs = kept["best"], int(kept["state"].step), steps // batches.steps
+    began: TrainState = kept["state"]
+    state, losses, saved = began, [], time.monotonic()
+    place = None if mesh is None else batch_sharding(mesh)
+    # The step donates its state: what is kept beyond it is a copy.
+    best = best | {"encoder": jax.tree.map(jnp.copy, best["encoder"])}
+    stream = ((frozen, jax.device_put(batch, place)) for batch in batches.stream(start))
+    for done, state, metrics in islice(train(began, stream, step), steps - start):
+        losses.append(float(metrics["loss"]))
+        if done % batches.steps == 0:
+            found = np.float32(np.inf if nats is None else nats(state.params))
+            if nats is None or found < best["nats"]:
+                encoder = jax.tree.map(jnp.copy, state.params.encoder)
+                best = {"encoder": encoder, "nats": found, "epochs": np.int32(done // batches.steps)}
+            if report is not None:
+                report(done // batches.steps, epochs, float(np.mean(losses)))
+            losses = []
+        if store is not None and (done == steps or time.monotonic() - saved >= SAVE_SECONDS):
+            store.save(done, {"state": state, "best": best})
+            saved = time.monotonic()
+    if store is not None:
+        store.close()
+    return state, best
+
+
+def _encoded(encoder: TextEncoder, table: pl.DataFrame, items: Item, rows: Rows) -> tuple[Item, Rows]:
+    """The items of these rows as the encoder is now, and the rows in terms of them."""
+    used, places = np.unique(np.stack([rows.first, rows.second]), return_inverse=True)
+    first, second = places.reshape(2, -1).astype(np.int32)
+    found = encode_items(table[used], encoder, cache=False, progress=False)
+    rest = take(items.replace(embedding=None, prompt=None), used)
+    whole = rest.replace(embedding=found.embedding, prompt=found.prompt)
+    return jax.tree.map(jnp.asarray, whole), rows.replace(first=first, second=second)
+
+
+def _placed(tree: Any, mesh: Mesh | None) -> Any:
+    return tree if mesh is None else jax.device_put(tree, shard_rules(tree, mesh, RULES))
+
+
+def _count(tree: Any) -> int:
+    return sum(leaf.size for leaf in jax.tree.leaves(tree))
+
+
+def _digest(backbone: Backbone, weights: str, found: Mapping[str, Any]) -> str:
+    """SHA-256 of all that decides what the trained encoder computes."""
+    about = [weights, backbone.lora and asdict(backbone.lora), backbone.frozen_dtype]
+    digest = hashlib.sha256(json.dumps(about).encode())
+    for name, leaf in sorted(found.items()):
+        digest.update(name.encode() + np.ascontiguousarray(leaf).tobytes())
+    return digest.hexdigest()
