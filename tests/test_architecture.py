@@ -22,9 +22,9 @@ FLOORS = [
     "fitting",
     "adapting",  # lazily, adapting and pooling may import each other
     "pooling",
-    "training evaluate adapted",
-    "inferring backbone",
-    "profiles asking choosing user_shards",
+    "training evaluate adapted windows",
+    "inferring prompted backbone",
+    "profiles asking choosing user_shards fspo",
     "experiment",
     "run plots",
     "launch answering model_card teacher_cli",

@@ -19,8 +19,9 @@ another token's.
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import date
 from functools import partial
 from pathlib import Path
@@ -94,6 +95,11 @@ class Renderer:
         """All that decides the tokens of a text."""
         known = {"tokenizer": self.digest, "template": self.template, "max_length": self.max_length}
         return known | ({"date": TODAY.isoformat()} if self.template else {})
+
+    @property
+    def whole(self) -> Renderer:
+        """The same without a limit, for a caller who leaves something out rather than have a text cut."""
+        return replace(self, max_length=sys.maxsize)
 
     @classmethod
     def load(
