@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from pluralprefs.teacher_cli import CACHE, Asking, Concurrency, Debug, DryRun, MaxCost, Model, Prices, Rate, TeacherName
-from pluralprefs.terminal import plainly, say, show
+from pluralprefs.terminal import plainly, say, show, warn
 
 if TYPE_CHECKING:
     import polars as pl
@@ -259,6 +259,8 @@ def winrate(
     pairs = winrates.matched(winrates.read_generated(a), winrates.read_generated(b), str(a), str(b))
     pairs = _described(pairs, people) if people else pairs
     asking = Asking(judge, model, price, max_cost, concurrency, rate)
+    if bare := pairs["description"].null_count():
+        warn(f"{bare} of {pairs.height} rows have no description: the judge says which answer is better")
     with asking.open(_lexicon) as one:
         if dry_run:
             asking.tell_estimate(one, both_orders(winrates.judging_tasks(pairs)), folder)

@@ -28,11 +28,12 @@ def warn(text: str) -> None:
 def show(table: pl.DataFrame, title: str) -> None:
     """Print a small table; an attribute or a user that is null stands for all."""
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
-    shown = Table(title=title, title_justify="left")
+    shown = Table(title=escape(title), title_justify="left")
     for name, dtype in table.schema.items():
-        shown.add_column(name, justify="right" if dtype.is_numeric() else "left", overflow="fold")
+        shown.add_column(escape(name), justify="right" if dtype.is_numeric() else "left", overflow="fold")
     for row in table.iter_rows(named=True):
         shown.add_row(*(_cell(name, value) for name, value in row.items()))
     Console().print(shown)

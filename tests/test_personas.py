@@ -436,6 +436,9 @@ def test_disagreement_is_the_share_of_pairs_that_two_people_label_differently():
         assert low < share < high
     backward = {(other, user): row for user, other, *row in table.iter_rows()}
     assert all(backward[user, other][0] == share for user, other, share, *_ in table.iter_rows() if other)
+    copies = [labels.with_columns(pl.col("first_id") + copy) for copy in ("", "'", "''")]
+    threefold = disagreement(pl.concat(copies), draws=200).drop("pairs")  # more of the same says no more
+    assert threefold.select(pl.col(pl.Float64).round(9)).equals(table.drop("pairs").select(pl.col(pl.Float64).round(9)))
     alone = disagreement(labels.filter(pl.col("prompt_id") == "q1"))
     assert alone["ci_low"].null_count() == alone.height  # one question: nothing to draw
 
@@ -524,6 +527,8 @@ def test_responses_without_a_counterpart_are_an_error_that_names_them(tmp_path):
         winrates.matched(A[:3], B.filter(pl.col("response") != "xx")[:1].vstack(B[-1:]))
     with pytest.raises(DataError, match=r"mine: row 6: base has no response of user None to 'p'"):
         winrates.matched(A, B[1:], "mine", "base")
+    with pytest.raises(DataError, match=r"A: row 4: user 'v' is described otherwise in B"):
+        winrates.matched(A, B.with_columns(description=pl.lit("another")))
     file = tmp_path / "a.jsonl"
     for content, message in {
         '{"prompt": "p"}': "no column 'response'",
@@ -645,6 +650,15 @@ def test_the_offline_teacher_says_what_it_does_not_understand():
     with pytest.raises(TeacherError, match="rewrites and judges texts, no more"):
         LexiconTeacher().ask(Views("Why?", 2))
     assert LexiconPersonas(1).name != lexicon.name
+
+
+def test_one_person_with_an_odd_name_is_reported_and_nobody_who_decides_is_an_error(tmp_path):
+    labels = label(people(**{"[/b]": "likes x"}), PAIRS, Passes(Scripted(verdicts), options=QUIET))
+    labels.write_parquet(tmp_path / "labels.parquet")
+    done = call("report", "--folder", tmp_path, "--out", tmp_path / "out.jsonl")
+    assert "[/b]" in done.output
+    assert (done.exit_code, done.stderr.count("\n")) == (2, 1)
+    assert "none is the same in both orders; refine the descriptions" in done.stderr
 
 
 def test_a_mistake_is_one_line(tmp_path):

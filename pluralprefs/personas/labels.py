@@ -12,6 +12,7 @@ import numpy as np
 import polars as pl
 from jaxtyping import Int
 
+from pluralprefs.data.files import DataError
 from pluralprefs.data.validation import validate
 from pluralprefs.personas.passes import Passes
 from pluralprefs.personas.responses import PAIRS
@@ -107,8 +108,13 @@ def by_person(labels: pl.DataFrame) -> pl.DataFrame:
 
 
 def comparisons(labels: pl.DataFrame) -> pl.DataFrame:
-    """Return the consistent labels as a table of comparisons, with the description beside each. Raises DataError."""
+    """Return the consistent labels as a table of comparisons, with the description beside each.
+
+    DataError where there is none.
+    """
     kept = labels.filter(pl.col("outcome").is_in([FIRST, SECOND]))
+    if not kept.height:
+        raise DataError("labels: none is the same in both orders; refine the descriptions, or name another model")
     table = kept.select(
         *PAIRS,
         "user_id",

@@ -61,7 +61,8 @@ def matched(a: pl.DataFrame, b: pl.DataFrame, a_name: str = "A", b_name: str = "
     """Put the responses of two tables to the same prompt of the same user side by side, in the order of `a`.
 
     Columns: user_id, description (of `a`, else of `b`), prompt, first (of `a`), second (of `b`). Several responses to
-    one prompt are matched in their order. DataError names the first row that has no counterpart.
+    one prompt are matched in their order. DataError names the first row without a counterpart,
+    or with another description.
     """
     left, right = (table.with_columns(pl.int_range(pl.len()).over("user_id", "prompt").alias("number"),
                                       pl.int_range(1, pl.len() + 1).alias("row")) for table in (a, b))  # fmt: skip
@@ -72,6 +73,10 @@ def matched(a: pl.DataFrame, b: pl.DataFrame, a_name: str = "A", b_name: str = "
             raise DataError(f"{name}: row {alone['row'][0]}: {other_name} has no response of user {shown(who)} to "
                             f"{prompt} for it; give both the same prompts and users")  # fmt: skip
     both = left.join(right, on=KEY, nulls_equal=True, maintain_order="left", suffix="_b")
+    differ = both.filter(pl.col("description") != pl.col("description_b"))
+    if differ.height:
+        row, who = differ["row"][0], shown(differ["user_id"][0])
+        raise DataError(f"{a_name}: row {row}: user {who} is described otherwise in {b_name}; give one description")
     return both.select(
         "user_id",
         pl.coalesce("description", "description_b").alias("description"),
