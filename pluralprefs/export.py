@@ -33,6 +33,7 @@ from pluralprefs.adapting import user_rewards
 from pluralprefs.encoders.attributes import AttributeEncoder
 from pluralprefs.encoders.causal import CausalEncoder
 from pluralprefs.encoders.decoder_weights import stored_parameters, stored_tensors
+from pluralprefs.encoders.lora import merge
 from pluralprefs.encoders.tokens import CLOCK, TODAY, Renderer
 from pluralprefs.encoders.weights import find, read_json
 from pluralprefs.model_card import model_card
@@ -97,7 +98,8 @@ def export(run: Run, out: str | Path, *, user: AdaptedUser | None = None, drop_i
     with _new_folder(out) as place:
         renderer = _own_tokenizer(folder, encoder.renderer)
         config = classification_config(folder, renderer.tokenizer.pad_token_id, encoder.dtype)
-        write_weights(place, folder, config["model_type"], head.weight, words=config["vocab_size"])
+        source = folder if run.experiment.backbone is None else merge(encoder).params  # trained: adapters merged
+        write_weights(place, source, config["model_type"], head.weight, words=config["vocab_size"])
         write_json(place / "config.json", config)
         renderer.tokenizer.save_pretrained(place)
         dropped = drop_item_effects and bool(getattr(run.model, "items", 0))

@@ -21,11 +21,13 @@ from typer.testing import CliRunner
 
 from pluralprefs import deploy_cli, encoders
 from pluralprefs.adapting import user_rewards
+from pluralprefs.backbone import Backbone
 from pluralprefs.cli import app
 from pluralprefs.describe import override
 from pluralprefs.encoders.cache import encode_texts
 from pluralprefs.encoders.decoder_weights import read_decoder, stored_parameters
 from pluralprefs.encoders.features import Features
+from pluralprefs.encoders.lora import Lora, attach
 from pluralprefs.encoders.tokens import Renderer, Text
 from pluralprefs.experiment import FAMILIES, Experiment
 from pluralprefs.export import ARCHITECTURES, ExportError, export, fold, why_not, write_weights
@@ -102,6 +104,21 @@ def test_the_head_on_our_own_embeddings_gives_our_rewards(made):
     expected = said_here(run, user, table)
     np.testing.assert_allclose(embedding @ head[0] + fold(run, user).constant, expected, atol=1e-4)
     assert expected.std() > 0.1
+
+
+def test_an_encoder_that_was_trained_is_exported_with_its_adapters_merged(made, tmp_path):
+    frozen = made[0]
+    encoder = attach(frozen.encoder, Lora(rank=2), jax.random.key(0))
+    moved = lambda path, leaf: leaf if leaf.any() else leaf + 0.1  # noqa: E731, the factors that begin at zero
+    encoder = encoder.replace(params=jax.tree_util.tree_map_with_path(moved, encoder.params), weights="trained")
+    run = replace(frozen, encoder=encoder, experiment=replace(frozen.experiment, backbone=Backbone()))
+    user = somebody(run)
+    out = export(run, tmp_path / "out", user=user)
+    head, table = load_file(out / "model.safetensors")["score.weight"], word_pairs(16)
+    embedding = encode_texts(encoders.load(out, max_length=16), [text for _, text in texts(table)], cache=False)
+    expected = said_here(run, user, table)
+    np.testing.assert_allclose(embedding @ head[0] + fold(run, user).constant, expected, atol=1e-4)
+    assert np.abs(expected - said_here(frozen, user, table)).max() > 0.01
 
 
 @pytest.mark.parametrize(
