@@ -187,7 +187,8 @@ def train_backbone(
     )  # fmt: skip
     steps = backbone.epochs * batches.steps
     sample = take(strangers(flat), np.linspace(0, len(flat.target) - 1, min(len(flat.target), SAMPLE)).astype(int))
-    table_of_users = first_users(model, *_encoded(started, table, items, sample), pooled, users)
+    seen = _encoded(started, table, items, sample) if users else (items, sample)
+    table_of_users = first_users(model, *seen, pooled, users)
     labels = backbone.labels(Params(model, table_of_users, likelihood, encoder=started.params))
     trained, frozen = split(started.params, lambda name: labels[f"encoder/{name}"] != "frozen")
     frozen = jax.tree.map(lambda leaf: leaf.astype(backbone.frozen_dtype), frozen)
@@ -285,7 +286,7 @@ def _train(
     began: TrainState = kept["state"]
     state, losses, saved = began, [], time.monotonic()
     place = None if mesh is None else batch_sharding(mesh)
-    # The step donates its state: what is kept beyond it is a copy.
+    # What is kept beyond a step that donates its state is a copy.
     best = best | {"encoder": jax.tree.map(jnp.copy, best["encoder"])}
     stream = ((frozen, jax.device_put(batch, place)) for batch in batches.stream(start))
     for done, state, metrics in islice(train(began, stream, step), steps - start):

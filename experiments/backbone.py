@@ -1,0 +1,168 @@
+"""Question: does training the encoder beside the head beat the same head on frozen features?
+
+Command: PLURALPREFS_DATA=... python experiments/backbone.py [--folder backbone] [--only pal_trained,...]
+
+A tiny Llama is made on the spot, random weights and a tokenizer of its own, and a subset of ukpconvarg1 by the fixed
+protocol's cells. Attribute attention (PrefPalette) and ideal directions (PAL-B with a trained backbone, which its paper
+calls large) are fitted to features of the untrained model, of the same model trained beside them, and of MiniLM.
+Attributes are shares of letters and signs in a text, not its length.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import optax
+import polars as pl
+from flax import nnx
+from jax.tree_util import tree_leaves_with_path
+from rich.console import Console
+
+from pluralprefs import encoders
+from pluralprefs.backbone import Backbone
+from pluralprefs.baselines import prediction_rows
+from pluralprefs.data import comparisons
+from pluralprefs.data.sources import protocol
+from pluralprefs.encoders.checkpoint import stored_name
+from pluralprefs.encoders.decoder import Decoder
+from pluralprefs.encoders.decoder_config import DecoderConfig
+from pluralprefs.encoders.decoder_weights import LLAMA_NAMES
+from pluralprefs.encoders.lora import Lora
+from pluralprefs.evaluate import SEEN
+from pluralprefs.experiment import FAMILIES, Experiment, baseline_predictions, featured, fit_seed, indexed
+from pluralprefs.fitting import row_log_odds, take
+from pluralprefs.metrics import summarise
+from pluralprefs.registry.files import save_arrays
+from pluralprefs.users import Pooled
+
+DATA = os.environ.get("PLURALPREFS_DATA", "../shared/data")
+ROWS = {"train": 2000, "validation": 500, "seen/testpair": 1500, "seen/newprompt": 1500}
+USERS = 60  # those with most training rows
+VOCABULARY, LENGTH = 2000, 48
+SIGNS = {
+    "capitals": r"[A-Z]",
+    "digits": r"[0-9]",
+    "questions": r"\?",
+    "exclamations": r"!",
+    "commas": r",",
+    "me": r"\bI\b",
+}
+console = Console(width=160, soft_wrap=True)
+
+
+def subset() -> pl.DataFrame:
+    """Rows of the busiest users, drawn by cell, with the attributes of their texts."""
+    table = protocol.load(DATA, "ukpconvarg1")
+    busy = table.filter(cell="train")["user_id"].value_counts().sort(["count", "user_id"], descending=[True, False])
+    table = table.filter(pl.col("user_id").is_in(busy["user_id"][:USERS].implode()))
+    parts = [table.filter(cell=cell) for cell in ROWS]
+    table = pl.concat(
+        [part.sample(min(count, part.height), seed=0) for part, count in zip(parts, ROWS.values(), strict=True)]
+    )
+    return table.with_columns(
+        (100 * pl.col(side).str.count_matches(sign) / pl.col(side).str.len_chars()).alias(f"attr:{name}:{side}")
+        for name, sign in SIGNS.items()
+        for side in ("first", "second")
+    )
+
+
+def tiny_llama(folder: Path, texts: list[str], seed: int = 0) -> None:
+    """A random Llama of two layers, and a tokenizer of pieces of words learned from `texts`."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from transformers import LlamaConfig, PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(), decoders.ByteLevel()
+    special = ["<unk>", "<s>", "</s>"]
+    tokenizer.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=VOCABULARY, special_tokens=special))
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", pair="<s> $A <s> $B:1", special_tokens=[("<s>", 1)]
+    )
+    names = {"pad_token": "</s>", "eos_token": "</s>", "bos_token": "<s>", "unk_token": "<unk>"}
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names).save_pretrained(folder)
+    LlamaConfig(
+        vocab_size=VOCABULARY, hidden_size=64, intermediate_size=160, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=256, pad_token_id=2, bos_token_id=1, eos_token_id=2,
+        architectures=["LlamaModel"],
+    ).save_pretrained(folder)  # fmt: skip
+    model = Decoder(DecoderConfig.read(folder), head=False, dtype=jnp.float32, remat=None, rngs=nnx.Rngs(seed))
+    leaves = tree_leaves_with_path(nnx.to_pure_dict(nnx.split(model)[1]))
+    found = {stored_name(path, LLAMA_NAMES): np.asarray(leaf) for path, leaf in leaves}
+    kernels = {stored_name(path, LLAMA_NAMES) for path, _ in leaves if path[-1].key == "kernel"}
+    save_arrays(folder / "model.safetensors", {n: leaf.T if n in kernels else leaf for n, leaf in found.items()})
+
+
+def experiments(folder: Path) -> dict[str, Experiment]:
+    """Both heads on each encoder."""
+    tiny, data = str(folder / "llama"), partial(comparisons.read, str(folder / "ukp.jsonl"), pseudonymise=False)
+    rates = {
+        "backbone": partial(optax.adamw, learning_rate=2e-3, weight_decay=1e-2),
+        "head": partial(optax.adamw, learning_rate=5e-3, weight_decay=1e-2),
+    }
+    full = Backbone(lora=None, optimizers=rates, epochs=8, batch_tokens=4096)
+    backbones = {"trained": full, "lora": Backbone(Lora(rank=16, targets="/kernel$"), **_same(full)), "frozen": None}
+    heads = {"attention": FAMILIES["attribute_attention"], "pal": FAMILIES["ideal_direction"]}
+    found = {}
+    for head, parts in heads.items():
+        joined = {"joint": head == "attention", "prompt": head == "pal", "max_length": LENGTH}
+        arms: dict[str, Any] = {name: (tiny, backbone) for name, backbone in backbones.items()}
+        for arm, (encoder, backbone) in (arms | {"minilm": ("minilm", None)}).items():
+            found[f"{head}_{arm}"] = Experiment(
+                data=data, encoder=partial(encoders.load, encoder, **joined), backbone=backbone,
+                name=f"{head}_{arm}", data_name="ukp subset", refit=False,
+                **parts | {"users": Pooled(levels=(), gain=False, cross_fit=None)},
+            )  # fmt: skip
+    return found
+
+
+def _same(backbone: Backbone) -> dict[str, Any]:
+    return {"optimizers": backbone.optimizers, "epochs": backbone.epochs, "batch_tokens": backbone.batch_tokens}
+
+
+def main(folder: Path, only: str | None) -> None:
+    """Make what is missing, run what is asked for, and print accuracy and nats a cell."""
+    if not (folder / "llama" / "model.safetensors").exists():
+        (folder / "llama").mkdir(parents=True, exist_ok=True)
+        table = subset()
+        comparisons.write(table, folder / "ukp.jsonl")
+        train = table.filter(cell="train")
+        tiny_llama(folder / "llama", [*train["prompt"], *train["first"], *train["second"]])
+    table = comparisons.read(folder / "ukp.jsonl", pseudonymise=False)
+    show("length only", baseline_predictions(table, 0).filter(model="length only"))
+    for name, asked in experiments(folder).items():
+        if only is None or name in only.split(","):
+            show(name, predictions(asked, table))
+
+
+def predictions(asked: Experiment, table: pl.DataFrame) -> pl.DataFrame:
+    """Prediction rows of the test cells by the population of a fit: no user is known."""
+    begun = time.monotonic()
+    prepared = featured(asked, indexed(asked, table), progress=False)
+    fitted = fit_seed(asked, prepared, 0)
+    tested = np.flatnonzero(table["cell"].is_in(SEEN).to_numpy())
+    logits = row_log_odds(fitted.model, fitted.users, prepared.features, take(prepared.rows, tested))
+    console.print(f"{asked.name}: {time.monotonic() - begun:.0f} s, {dict(prepared.backbone)}", highlight=False)
+    return prediction_rows(table[tested], logits, asked.name, seed=0)
+
+
+def show(name: str, rows: pl.DataFrame) -> None:
+    """Accuracy and nats a cell, with 95 % intervals over users."""
+    found = summarise(rows).filter(pl.col("metric").is_in(["accuracy", "nll"]), pl.col("community").is_null())
+    for row in found.sort("cell", "metric").iter_rows(named=True):
+        console.print(f"{name:18} {row['cell']:15} {row['metric']:9} {row['value']:.3f} [{row['ci_low']:.3f}, "
+                      f"{row['ci_high']:.3f}]", highlight=False, markup=False)  # fmt: skip
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", type=Path, default=Path("backbone"), help="of model, data and runs")
+    parser.add_argument("--only", help="names of experiments, with commas")
+    asked = parser.parse_args()
+    main(asked.folder, asked.only)
