@@ -61,8 +61,8 @@ def matched(a: pl.DataFrame, b: pl.DataFrame, a_name: str = "A", b_name: str = "
     """Put the responses of two tables to the same prompt of the same user side by side, in the order of `a`.
 
     Columns: user_id, description (of `a`, else of `b`), prompt, first (of `a`), second (of `b`). Several responses to
-    one prompt are matched in their order. DataError names the first row without a counterpart,
-    or with another description.
+    one prompt are matched in their order. DataError names the first row without a counterpart, or with a description
+    that the other table contradicts.
     """
     left, right = (table.with_columns(pl.int_range(pl.len()).over("user_id", "prompt").alias("number"),
                                       pl.int_range(1, pl.len() + 1).alias("row")) for table in (a, b))  # fmt: skip
