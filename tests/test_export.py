@@ -249,14 +249,14 @@ def test_a_padding_token_is_added_where_the_tokenizer_has_none_of_its_own(folder
 @pytest.mark.parametrize("template", [None, TEMPLATE, DATED + TEMPLATE, TEMPLATE.replace("{{ bos_token }}", "")])
 def test_the_tokens_of_the_card_are_those_of_the_run(joint, template, tmp_path, folder):
     options = {"chat_template": template} if template else {}
-    own = copied("llama", tmp_path / "own", **options)
+    own = copied("llama", tmp_path / "own", [*WORDS, "26", "Jul", "2024", "2024-07-26"], **options)
     run = decoder_run(folder, tmp_path / "runs")
-    renderer = Renderer.load(own, max_length=24, segments=1, joined=True)
+    renderer = Renderer.load(own, max_length=40, segments=1, joined=True)
     run = replace(run, encoder=run.encoder.replace(joint=joint, renderer=renderer),
                   experiment=replace(run.experiment, encoder=partial(encoders.load, str(own))))  # fmt: skip
     out = export(run, tmp_path / "out")
     ids = ids_of(out)
-    asked = [*texts(word_pairs(20)), ("a b c d e f g h a b c d e f g h a b c d e f g h", "good tea")]
+    asked = [*texts(word_pairs(20)), ("a b c d e f g h " * 6, "good tea")]
     for prompt, response in asked:
         [found] = renderer([Text(prompt if joint else None, response)])
         assert ids(prompt, response) == found.ids

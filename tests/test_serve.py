@@ -267,19 +267,21 @@ def test_a_full_queue_says_come_again_and_those_who_wait_are_answered_when_the_s
     url = listening.url
     thread = threading.Thread(target=listening.run)
     thread.start()
-    with httpx.Client(base_url=listening.url, timeout=60) as client, ThreadPoolExecutor(12) as pool:
+    with httpx.Client(base_url=url, timeout=60) as client, ThreadPoolExecutor(12) as pool:
         assert client.get("/health").json() == {"status": "ok"}
         slow.go.clear()
-        first = pool.submit(reward_of, client, 0)
-        time.sleep(0.3)  # it is being scored: what comes now waits
-        waiting = [pool.submit(reward_of, client, number) for number in range(1, 7)]
-        time.sleep(0.3)
-        refused = client.post("/rewards", json={"prompts": ["7"], "completions": ["tea"]})
+        try:
+            first = pool.submit(reward_of, client, 0)
+            time.sleep(0.3)  # it is being scored: what comes now waits
+            waiting = [pool.submit(reward_of, client, number) for number in range(1, 7)]
+            time.sleep(0.3)
+            refused = httpx.post(f"{url}/rewards", json={"prompts": ["7"], "completions": ["tea"]}, timeout=5)
+        finally:
+            listening.stop()
+            time.sleep(0.3)
+            slow.go.set()
         assert (refused.status_code, refused.headers["Retry-After"]) == (503, "1")
         assert "queue is full" in refused.json()["error"]
-        listening.stop()
-        time.sleep(0.3)
-        slow.go.set()
         assert [each.result()["rewards"] for each in [first, *waiting]] == [[float(number)] for number in range(7)]
     thread.join()
     with pytest.raises(httpx.TransportError):
@@ -448,17 +450,18 @@ def test_from_comparisons_to_a_server_and_a_model_by_commands_alone(tmp_path):
         found = httpx.post(f"{url}/rewards", json=body, timeout=60).json()
         assert found["user_source"] == ["adapted"] * 12
         np.testing.assert_allclose(found["rewards"], expected["reward_first"], atol=1e-4)
-        table = pl.read_ndjson(tmp_path / "data.jsonl").head(5)  # of users that the run kept
+        table = pl.read_ndjson(tmp_path / "data.jsonl").head(6)  # of every user, most of whom the run kept
         table.write_ndjson(tmp_path / "seen.jsonl")
         command("score", run, "--input", tmp_path / "seen.jsonl", "--out", scores)
         expected = pl.read_parquet(scores)
-        assert set(expected["user_source"]) == {"seen"}
+        assert set(expected["user_source"]) == {"seen", "population"}
         for row, said in zip(table.iter_rows(named=True), expected.iter_rows(named=True), strict=True):
             body = {"prompt": row["prompt"], "responses": [row["first"], row["second"]], "user": row["user_id"]}
             found = httpx.post(f"{url}/score", json=body, timeout=60).json()
-            assert found["user_source"] == "seen"
+            assert found["user_source"] == said["user_source"]
             np.testing.assert_allclose(found["log_odds"], said["log_odds"], rtol=1e-2, atol=1e-3)
             np.testing.assert_allclose(found["log_odds_std"], said["log_odds_std"], rtol=1e-2)
     finally:
         server.send_signal(signal.SIGINT)
-        assert server.wait(60) == 0
+        server.communicate(timeout=60)
+    assert server.returncode == 0
