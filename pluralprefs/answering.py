@@ -82,8 +82,8 @@ class Scorer:
             raise ServeError(f"{users}: holds a state without a name, which no request can ask for; adapt again with "
                              "--user-id")  # fmt: skip
         self._one = run.load_user(users) if users and is_one_user(users) else None
-        self._kept = set() if run.rows is None else set(np.unique(np.asarray(run.rows.user)).tolist())
-        self._numbers = {name: at for at, name in enumerate(run.vocabulary.users) if at in self._kept}
+        kept = set() if run.rows is None else set(np.unique(np.asarray(run.rows.user)).tolist())
+        self._numbers = {name: at for at, name in enumerate(run.vocabulary.users) if at in kept}
         self._seen = lru_cache(STATES_KEPT)(self._solve)
         self._prior = run.prior()
         self._pooled = bool(np.asarray(run.users.community_root).any())

@@ -48,7 +48,7 @@ from a run of the family `{family}` of {date}.
 
 Results of the run on held-out comparisons: accuracy in per cent with its 95 % interval over users, then nats. A cell
 `@4` is after four comparisons of a user whom the model had not met. They are of the whole run, in which every user has
-a state of their own: this one reward does for other users what its cells `@0` say at best.
+a state of their own; one reward for all does without.
 
 {metrics}
 
