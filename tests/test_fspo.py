@@ -38,15 +38,15 @@ DRAWN = Drawn(epochs=1, batch_size=8, shots=2, queries=1)
 
 
 def table(**columns) -> pl.DataFrame:
-    """Users who judge the letter "g" or "h" about topics; even users prefer "g". Their name is in the question."""
+    """Users who judge "g" or "h" of topics; even users prefer "g". Their name is in the question."""
     draw = np.random.default_rng(3)
     made = []
     for user in range(USERS):
         for topic in draw.choice(TOPICS, EACH, replace=False):
             sides = ["g", "h"] if draw.random() < 0.5 else ["h", "g"]
             wanted = float((sides[0] == "g") == (user % 2 == 0))
-            made.append({"prompt": f"t{topic} u{user}", "first": sides[0], "second": sides[1], "target": wanted,
-                         "user_id": f"u{user}"} | columns)  # fmt: skip
+            made.append({"prompt": f"u{user}", "first": f"{sides[0]} t{topic}", "second": f"{sides[1]} t{topic}",
+                         "target": wanted, "user_id": f"u{user}"} | columns)  # fmt: skip
     return splits.split(comparisons.check(pl.DataFrame(made)).table, unseen_prompts=0.0, unseen_users=30)
 
 
@@ -84,17 +84,16 @@ def test_a_window_is_one_users_never_shows_what_it_asks_and_shows_any_number_of_
         for row in np.flatnonzero(np.asarray(batch.rows.weight) > 0):
             first, second = said(prompter, batch.rows.first, row), said(prompter, batch.rows.second, row)
             assert first.rpartition("assistant")[0] == second.rpartition("assistant")[0]
-            assert {first.split()[-2], second.split()[-2]} == {"g", "h"}
-            topics, users = (
-                [word for word in first.split() if word[0] == kind and word[1:].isdigit()] for kind in "tu"
-            )
+            *before, letter, topic, _ = first.split()
+            assert {letter, second.split()[-3]} == {"g", "h"}
+            topics, users = ([word for word in before if word[0] == kind and word[1:].isdigit()] for kind in "tu")
             assert len(set(users)) == 1
             assert users[0] in training
-            assert topics[-1] not in topics[:-1]
-            numbers.append(len(topics) - 1)
+            assert topic not in topics
+            numbers.append(len(users) - 1)
             liked = "g" if int(users[0][1:]) % 2 == 0 else "h"
-            assert first.count(f"a {liked} b") == numbers[-1]  # every shot shows the preferred response first
-            assert float(batch.rows.target[row]) == (first.split()[-2] == liked)
+            assert first.count(f"a {liked} t") == numbers[-1]  # every shot shows the preferred response first
+            assert float(batch.rows.target[row]) == (letter == liked)
     assert set(numbers) == {0, 1, 2}
 
 
@@ -236,7 +235,7 @@ def test_a_stranger_may_be_described_from_the_same_shots(prompter, corpus):
 
     def describe(shots):
         seen.extend(shots)
-        return ["g" if each and each[0].preferred == "g" else "h" for each in shots]
+        return ["g" if each and each[0].preferred[0] == "g" else "h" for each in shots]
 
     def told(params, tokens):
         ids = jnp.asarray(tokens.ids)
