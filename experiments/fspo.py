@@ -189,7 +189,8 @@ def simulated(seed: int, users: int, each: int) -> tuple[pl.DataFrame, pl.DataFr
 def published(name: str, file: str) -> Policy:
     """FSPO's own settings on any decoder and any comparisons of known users; all weights are trained.
 
-    For Llama-3.2-3B-Instruct: parameters, Adam's moments, gradients and the reference take 64 GB.
+    Of a model's parameters in float32 there are seven: those read, the reference, the policy, Adam's two moments, the
+    gradients and their sum; 90 GB (reckoned, not measured) for Llama-3.2-3B-Instruct, beside activations.
     """
     encoder = CausalEncoder.load(find(name), head=True, dtype="bfloat16", remat="nothing_saveable", max_length=2048)
     table = splits.split(read(file))

@@ -46,6 +46,10 @@ class Drawn:
     shots: int = 8
     queries: int = 1
 
+    def __post_init__(self) -> None:
+        if not (self.epochs >= 1 and self.shots >= 0 and 1 <= self.queries <= self.batch_size):
+            raise ValueError(f"{self}: needs epochs >= 1, shots >= 0 and 1 <= queries <= batch_size")
+
 
 class Asked(NamedTuple):
     """A question about two responses, and the shots of the user whose preference is asked for."""

@@ -193,6 +193,8 @@ def test_what_cannot_be_trained_is_an_error(prompter, corpus, decoder):
     with pytest.raises(ValueError, match="no description of user 'u"):
         Corpus(table(), prompter, {})
     batch = next(corpus.stream(corpus.training(), 0, DRAWN))
+    with pytest.raises(ValueError, match="1 <= queries <= batch_size"):
+        replace(DRAWN, queries=9)
     with pytest.raises(ValueError, match="no reference log-probabilities"):
         preference_loss(log_probability)(params_of(decoder), batch, jax.random.key(0))
 
