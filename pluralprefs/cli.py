@@ -65,11 +65,25 @@ def train(
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run SOURCE where it stopped.")] = False,
     vmap: Vmap = None,
     wandb: Mirror = None,
+    coordinator: Annotated[
+        str | None, typer.Option(envvar="PLURALPREFS_COORDINATOR", help="Several processes: address:port of the first.")
+    ] = None,
+    processes: Annotated[int | None, typer.Option(envvar="PLURALPREFS_PROCESSES", help="How many.", min=1)] = None,
+    process: Annotated[
+        int | None, typer.Option(envvar="PLURALPREFS_PROCESS", help="Which this is, from 0.", min=0)
+    ] = None,
     debug: Annotated[bool, typer.Option(help="Show tracebacks.")] = False,
 ) -> None:
-    """Run an experiment file, repeat a recorded run, or continue one. The last line is the run folder."""
+    """Run an experiment file, repeat a recorded run, or continue one. The last line is the run folder.
+
+    Several processes compute one run, of which the first writes and speaks; in a SLURM step and on a TPU pod they find
+    each other.
+    """
     from dataclasses import replace
 
+    from pluralprefs import hosts
+
+    hosts.connect(coordinator, processes, process)
     from pluralprefs import launch
     from pluralprefs.describe import override
     from pluralprefs.registry import find_run
@@ -87,7 +101,9 @@ def train(
     if seeds is not None:
         experiments = [replace(experiment, seeds=_seeds(seeds)) for experiment in experiments]
     for experiment in experiments:
-        _finish(launch.run(experiment, root=root or RUNS, tell=say, vmap=vmap), mode)
+        run = launch.run(experiment, root=root or RUNS, tell=say if hosts.writes() else None, vmap=vmap)
+        if hosts.writes():
+            _finish(run, mode)
 
 
 @app.command(epilog="Example: pluralprefs sweep experiments/ukp_ideal_point.py --over model.prototypes=1,2,4,8")

@@ -9,6 +9,7 @@ support; "no_attributes" takes the attributes of all items away, where there are
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -18,6 +19,7 @@ from pluralprefs.adapt import laplace_user
 from pluralprefs.adapting import adapt_and_predict, predict_seen
 from pluralprefs.baselines import prediction_rows
 from pluralprefs.fitting import Fitted, Rows, take
+from pluralprefs.hosts import gathered, own_units
 from pluralprefs.types import Item, UserPosterior
 
 SEEN = ("seen/testpair", "seen/newprompt")
@@ -83,8 +85,16 @@ def _seen(
     query = take(rows, index)
     if control == "wrong_user":
         query = query.replace(user=_shifted(query.user))
-    mean, variance = predict_seen(fitted, items, query)
+    mean, variance = _by_all(np.abs(query.user), lambda own: predict_seen(fitted, items, take(query, own)))
     return moderated_rows(table[index], mean, variance, model, seed=seed, control=control)
+
+
+def _by_all(unit: np.ndarray, predict: Callable[[np.ndarray], Any]) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and variance of each row, each process for the units that are its own."""
+    own = own_units(unit)
+    found = np.stack(predict(own), axis=1) if len(own) else np.zeros((0, 2))
+    mean, variance = gathered(found, own, len(unit)).T
+    return mean, variance
 
 
 def _shifted(user: np.ndarray) -> np.ndarray:
@@ -122,10 +132,16 @@ class _Curve:
         user = (self.query_user + 1) % len(self.users) if control == "wrong_user" else self.query_user
         which = np.tile(np.arange(len(self.index)), draws)
         draw = np.repeat(np.arange(draws), len(self.index))
-        mean, variance = adapt_and_predict(
-            self.fitted.model, self.fitted.users, self.items, support, unit,
-            take(self.rows, self.index[which]), user[which] * draws + draw, adapter=self.adapter,
-        )  # fmt: skip
+        asked, query = user[which] * draws + draw, take(self.rows, self.index[which])
+
+        def predict(own: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+            shown = np.isin(unit, asked[own])
+            return adapt_and_predict(
+                self.fitted.model, self.fitted.users, self.items, take(support, shown), unit[shown],
+                take(query, own), asked[own], adapter=self.adapter,
+            )  # fmt: skip
+
+        mean, variance = _by_all(asked, predict)
         parts = []
         for number in range(draws):
             part = draw == number

@@ -25,6 +25,7 @@ from scipy.optimize import minimize_scalar
 from pluralprefs.adapting import adapt_and_predict, adapt_units
 from pluralprefs.data.episodes import episode_epoch, episode_indices
 from pluralprefs.fitting import Fitted, Rows, gathered, padded, row_log_odds, strangers, take
+from pluralprefs.hosts import all_devices, everywhere
 from pluralprefs.models.residual import Residual
 from pluralprefs.pooling import Base, folds_by, validation_nats
 from pluralprefs.train import episode_loss, episode_nats, init_state, make_epoch_step, make_train_step
@@ -149,10 +150,11 @@ def _train(
     def batch(number: int, rows: Rows) -> tuple[Episode[Any], np.ndarray]:
         episodes = episode_epoch(seed, number, rows, batch_size, shots=SHOTS)
         steps = len(episodes.query.weight)
-        return episodes, ((number + np.arange(steps) / steps) / epochs).astype(np.float32)
+        return everywhere((episodes, ((number + np.arange(steps) / steps) / epochs).astype(np.float32)))
 
     nats = None if held is None else partial(_held_out_nats, items, held_episodes(held))
-    step = jax.jit(make_epoch_step(make_train_step(episode_loss(reduction=reduction), optimizer)))
+    epoch = make_epoch_step(make_train_step(episode_loss(reduction=reduction), optimizer))
+    step = jax.jit(epoch, out_shardings=all_devices())
     state = init_state(Params(family, (), likelihood), optimizer, jax.random.key(seed))
     [best] = Training(step, items, batch, nats, (epochs,), (report,))([state], rows, folder)
     if notes is not None:

@@ -3,8 +3,10 @@ exists."""
 
 from __future__ import annotations
 
+import atexit
 import shutil
 import sys
+import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -38,6 +40,7 @@ from pluralprefs.experiment import (
     support,
 )
 from pluralprefs.fitting import Fitted, take
+from pluralprefs.hosts import writes
 from pluralprefs.metrics import summarise
 from pluralprefs.profiles import SCHEMA, attribute_weights
 from pluralprefs.registry import RunFolder, create, open_run
@@ -70,7 +73,7 @@ def run(
     for note in found.notes:
         tell(note)
     folder = create(
-        root, (experiment.name, experiment.data_name), describe(experiment), seeds=experiment.seeds,
+        _root(root), (experiment.name, experiment.data_name), describe(experiment), seeds=experiment.seeds,
         devices=[str(device) for device in jax.devices()], data_fingerprint=fingerprint(found.table),
     )  # fmt: skip
     folder.update(vmap=len(experiment.seeds) > 1 and (jax.default_backend() != "cpu" if vmap is None else vmap))
@@ -86,6 +89,8 @@ def resume(
     as if nothing had happened. A run that is done is returned as it is. Raises DataError where the data have changed.
     """
     tell = tell or (lambda _: None)
+    if jax.process_count() > 1:
+        raise ValueError(f"{path}: several processes do not resume a run; train it again, or resume it with one")
     folder = open_run(path)
     if folder.status == "done":
         tell(f"{folder.path}: this run is done, there is nothing to resume")
@@ -102,6 +107,15 @@ def resume(
     return _fill(folder, experiment, found, None, progress, tell)
 
 
+def _root(root: str | Path) -> str | Path:
+    """Where this process keeps the run: processes other than 0 in a folder that goes when they end."""
+    if writes():
+        return root
+    other = tempfile.mkdtemp(prefix="pluralprefs-")
+    atexit.register(shutil.rmtree, other, ignore_errors=True)
+    return other
+
+
 def _fill(
     folder: RunFolder, experiment: Experiment, data: Indexed, prepared: Prepared | None, progress: bool, tell: Tell
 ) -> Run:
@@ -114,7 +128,8 @@ def _fill(
         predictions = _predictions_so_far(folder, experiment, prepared)
         profiles, losses = _profiles_so_far(folder), _losses_so_far(folder)
         curves = {seed: _Losses(seed) for seed in experiment.seeds}
-        together = Together(curves, folder.path / "checkpoints" / "together") if folder.read().get("vmap") else None
+        shared = None if jax.process_count() > 1 else folder.path / "checkpoints" / "together"
+        together = Together(curves, shared) if folder.read().get("vmap") else None
         for seed in experiment.seeds:
             if str(seed) in folder.read().get("notes", {}):
                 tell(f"seed {seed}: fitted before")
@@ -136,7 +151,7 @@ def _fill(
             if losses.height:
                 folder.write_table("training", losses)
             save_seed(folder, experiment, seed, fitted)
-            shutil.rmtree(_checkpoints(folder, seed), ignore_errors=True)
+            shutil.rmtree(folder.path / "checkpoints" / f"seed-{seed}", ignore_errors=True)
         shutil.rmtree(folder.path / "checkpoints", ignore_errors=True)
         metric_rows = pl.concat([summarise(predictions, pool_seeds=True), controls(predictions, pool_seeds=True)])
         (folder.path / "metrics.jsonl").unlink(missing_ok=True)  # of a run that was stopped right here
@@ -208,8 +223,9 @@ def _profile(fitted: Fitted, prepared: Prepared, seed: int) -> pl.DataFrame:
     return attribute_weights(fitted, prepared.features, test, names, prepared.attributes.names, seed=seed)
 
 
-def _checkpoints(folder: RunFolder, seed: int) -> Path:
-    return folder.path / "checkpoints" / f"seed-{seed}"
+def _checkpoints(folder: RunFolder, seed: int) -> Path | None:
+    """Where a seed's training is kept; nowhere with several processes, which would have to agree on when."""
+    return None if jax.process_count() > 1 else folder.path / "checkpoints" / f"seed-{seed}"
 
 
 @contextmanager

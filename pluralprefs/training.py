@@ -32,6 +32,7 @@ from jaxtyping import Array, Float
 
 from pluralprefs.data.batches import epoch, steps_per_epoch
 from pluralprefs.fitting import Rows, initial_root, row_log_odds, solve_level, strangers, updated_root
+from pluralprefs.hosts import all_devices, everywhere, here, split_rows
 from pluralprefs.pooling import Base
 from pluralprefs.train import (
     CheckpointStore,
@@ -133,7 +134,7 @@ def gradient_bases(
     asked = validation if validation is not None and len(validation.target) else None
     training = Training(
         _epoch_step(one_step, transform, steps), items,
-        lambda number, masked: stacked([epoch(seed, number, masked, batch_size) for seed in seeds]),
+        lambda number, masked: split_rows(stacked([epoch(seed, number, masked, batch_size) for seed in seeds])),
         None if asked is None else partial(row_nats, items=items, rows=asked, likelihood=likelihood),
         tuple(epochs), tuple(reports or (None,) * len(seeds)),
         partial(_learn_strength, items=items, users=users) if users else None,
@@ -180,9 +181,11 @@ def _epoch_step(one_step: Any, transform: Callable[..., Any] | None, steps: Sequ
         changed = make_transformed_step(one_step, partial(transform, steps=steps)) if transform else one_step
         return make_epoch_step(changed)(state, batches)
 
+    place = all_devices()
     if len(steps) == 1:
-        return jax.jit(partial(run, steps=steps[0]))
-    together, each = jax.jit(jax.vmap(run, in_axes=(0, (None, 0), 0))), jnp.asarray(steps)
+        return jax.jit(partial(run, steps=steps[0]), out_shardings=place)
+    together = jax.jit(jax.vmap(run, in_axes=(0, (None, 0), 0)), out_shardings=place)
+    each = everywhere(jnp.asarray(steps))
     return lambda state, batches: together(state, batches, each)
 
 
@@ -219,21 +222,22 @@ class Training:
     def __call__(self, states: Sequence[TrainState], rows: Rows, folder: Path | None) -> list[_Best]:
         with closing(_Kept(folder, max(self.epochs))) as kept:
             done, state, best = kept.latest(states)
+            state, items = everywhere(state), everywhere(self.items)
             for number in range(done, max(self.epochs)):
-                state, losses = self._epoch(number, state, rows)
-                best = self._better(number + 1, state.params, best)
+                state, losses = self._epoch(number, state, items, rows)
+                best = self._better(number + 1, here(state.params), best)
                 kept.save(number + 1, state, best)
                 for report, epochs, loss in zip(self.reports, self.epochs, losses, strict=True):
                     if report is not None and number < epochs:
                         report(number + 1, epochs, loss)
         return best
 
-    def _epoch(self, number: int, state: TrainState, rows: Rows) -> tuple[TrainState, list[float]]:
+    def _epoch(self, number: int, state: TrainState, items: Item, rows: Rows) -> tuple[TrainState, list[float]]:
         if self.learn is not None and number in LEARN_STRENGTH:
-            learned = [self.learn(params, rows) for params in unstacked(state.params, len(self.epochs))]
-            state = state.replace(params=stacked(learned))
-        state, metrics = self.step(state, (self.items, self.batch(number, rows)))
-        losses = np.atleast_1d(np.asarray(jnp.mean(metrics["loss"], axis=-1))).tolist()
+            learned = [self.learn(params, rows) for params in unstacked(here(state.params), len(self.epochs))]
+            state = state.replace(params=everywhere(stacked(learned)))
+        state, metrics = self.step(state, (items, self.batch(number, rows)))
+        losses = np.atleast_1d(np.asarray(jnp.mean(here(metrics["loss"]), axis=-1))).tolist()
         running = [loss for loss, epochs in zip(losses, self.epochs, strict=True) if number < epochs]
         if not np.isfinite(running).all():
             broken = next(loss for loss in running if not np.isfinite(loss))

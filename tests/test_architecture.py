@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1]
 FLOORS = [
     "types terminal",
     "intervals likelihoods sharding describe",
-    "metrics",
+    "metrics hosts",
     "contrasts results",
     "models encoders data registry baselines",
     "users attributes extraction",

@@ -111,9 +111,9 @@ def why_not_cudnn(
 
 def nvidia_capability() -> float | None:
     """The compute capability of the GPU that JAX computes on, such as 9.0; None where that is no NVIDIA GPU."""
-    if jax.default_backend() != "gpu" or "cuda" not in jax.devices()[0].client.platform_version:
+    if jax.default_backend() != "gpu" or "cuda" not in jax.local_devices()[0].client.platform_version:
         return None
-    return float(jax.devices()[0].compute_capability)
+    return float(jax.local_devices()[0].compute_capability)
 
 
 def cap_softly(x: Float[Array, "*batch"], cap: float | None) -> Float[Array, "*batch"]:

@@ -87,7 +87,7 @@ def fill(
     `names` maps a parameter's path here, `{}` standing for the layer, to its name there; kernels are stored transposed.
     Without a mesh everything is on the default device. Raises EncoderError for a missing or misshapen tensor.
     """
-    default = SingleDeviceSharding(jax.devices()[0])
+    default = SingleDeviceSharding(jax.local_devices()[0])
     places = jax.tree.map(lambda _: default, shapes) if mesh is None else shard_rules(shapes, mesh, rules)
 
     def read(path: Sequence[Any], shape: jax.ShapeDtypeStruct, place: jax.sharding.Sharding) -> jax.Array:

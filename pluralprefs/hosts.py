@@ -1,0 +1,138 @@
+"""Several processes, a host each or more, that compute one run: who is who, and arrays that belong to all.
+
+Every process runs the same program on the same table. What is trained by gradient is one computation over all devices
+of all processes: parameters are everywhere, each process makes its own part of a batch. What is scored is divided by
+users and gathered, however unevenly. Fits by Newton's method are repeated by each process. Process 0 writes.
+
+With one process every function here is the identity, and none needs to be asked first.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+
+from pluralprefs.sharding import BATCH_AXES, make_mesh, replicated
+
+
+def connect(coordinator: str | None = None, processes: int | None = None, process: int | None = None) -> None:
+    """Join the processes of a run, before JAX computes anything.
+
+    `coordinator` is "address:port" of process 0, `processes` how many there are and `process` which this one is, from
+    0. With none of them, a SLURM step of several tasks and a TPU pod (GKE or not) are found by JAX itself, and anywhere
+    else there is one process; `processes=1` says so in a SLURM step whose tasks are runs of their own. Raises
+    ValueError where some are missing or do not fit.
+    """
+    if processes == 1 and coordinator is None and not process:
+        return
+    given = {"coordinator": coordinator, "processes": processes, "process": process}
+    missing = [name for name, value in given.items() if value is None]
+    if len(missing) == len(given):
+        if in_cluster(os.environ):
+            jax.distributed.initialize()
+        return
+    if missing:
+        raise ValueError(f"several processes: {missing[0]} is missing; give coordinator, processes and process")
+    assert coordinator is not None  # for the type checker, as the next line
+    assert processes is not None and process is not None  # noqa: PT018
+    if not 0 <= process < processes:
+        raise ValueError(f"process {process} of {processes}: count processes from 0 to {processes - 1}")
+    host, _, port = coordinator.rpartition(":")
+    if not host or not port.isdecimal():
+        raise ValueError(f"coordinator {coordinator!r}: give address:port of process 0, for example 10.0.0.1:8476")
+    jax.distributed.initialize(coordinator, processes, process)
+
+
+def in_cluster(environment: Mapping[str, str]) -> bool:
+    """Whether a scheduler started several processes that belong together: a SLURM step, or the hosts of a TPU pod.
+
+    >>> in_cluster({"SLURM_JOB_ID": "7", "SLURM_STEP_NUM_TASKS": "4"}), in_cluster({"TPU_WORKER_HOSTNAMES": "one"})
+    (True, False)
+    """
+    tasks = environment.get("SLURM_STEP_NUM_TASKS", "")
+    slices = environment.get("MEGASCALE_NUM_SLICES", "")
+    return (
+        ("SLURM_JOB_ID" in environment and tasks.isdecimal() and int(tasks) > 1)
+        or "," in environment.get("TPU_WORKER_HOSTNAMES", "")
+        or (slices.isdecimal() and int(slices) > 1)
+    )
+
+
+def writes() -> bool:
+    """Whether this process writes the run folder and speaks to the user."""
+    return jax.process_index() == 0
+
+
+def all_devices() -> NamedSharding | None:
+    """The sharding of what all devices hold; None with one process."""
+    return replicated(make_mesh()) if jax.process_count() > 1 else None
+
+
+def everywhere(tree: Any) -> Any:
+    """The same values on all devices of all processes, which must all have them."""
+    place = all_devices()
+    return tree if place is None else jax.tree.map(lambda leaf: _placed(leaf, place), tree)
+
+
+def here(tree: Any) -> Any:
+    """What is `everywhere` as arrays of this process alone, which may meet others of its own."""
+    return tree if jax.process_count() == 1 else jax.tree.map(lambda leaf: jax.numpy.asarray(np.asarray(leaf)), tree)
+
+
+def split_rows(batches: Any) -> Any:
+    """Comparisons [..., rows] with the rows divided over all devices; each process makes those of its own.
+
+    Rows are filled up with weight 0 (`Comparisons` of item rows) to a number that the devices divide.
+    """
+    if jax.process_count() == 1:
+        return batches
+    mesh = make_mesh()
+    rows = batches.weight.shape[-1]
+    short = -rows % mesh.size
+    filled = jax.tree.map(lambda leaf: _filled(np.asarray(leaf), short), batches)
+    filled = filled.replace(weight=filled.weight * (np.arange(rows + short) < rows))
+    place = NamedSharding(mesh, PartitionSpec(*[None] * (filled.weight.ndim - 1), BATCH_AXES))
+    return jax.tree.map(lambda leaf: _placed(leaf, place), filled)
+
+
+def own_units(unit: Sequence[int] | np.ndarray) -> np.ndarray:
+    """The positions of the units (users, say) that this process scores."""
+    return np.flatnonzero(np.asarray(unit) % jax.process_count() == jax.process_index())
+
+
+def gathered(values: np.ndarray, positions: np.ndarray, total: int) -> np.ndarray:
+    """Join rows [own, ...] that each process computed at its `positions` to [total, ...], to the bit, on each."""
+    if jax.process_count() == 1:
+        return values
+    from jax.experimental.multihost_utils import process_allgather
+
+    most = int(process_allgather(np.int32(len(positions))).max())
+    # Bytes, for JAX would round float64 and int64.
+    raw = np.ascontiguousarray(values).reshape(len(positions), -1).view(np.uint8)
+    places = np.asarray(process_allgather(_upto(positions.astype(np.int32), most, -1))).reshape(-1)
+    rows = np.asarray(process_allgather(_upto(raw, most, 0))).reshape(-1, raw.shape[1])
+    out = np.zeros((total, *values.shape[1:]), values.dtype)
+    out[places[places >= 0]] = np.ascontiguousarray(rows[places >= 0]).view(values.dtype).reshape(-1, *values.shape[1:])
+    return out
+
+
+def _placed(leaf: Any, place: NamedSharding) -> jax.Array:
+    if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
+        return leaf  # of all processes already
+    if jax.numpy.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        return jax.random.wrap_key_data(_placed(jax.random.key_data(leaf), place), impl=jax.random.key_impl(leaf))
+    known = np.asarray(leaf)
+    return jax.make_array_from_callback(known.shape, place, lambda index: known[index])
+
+
+def _filled(leaf: np.ndarray, short: int) -> np.ndarray:
+    return np.pad(leaf, [(0, 0)] * (leaf.ndim - 1) + [(0, short)], mode="edge") if short else leaf
+
+
+def _upto(rows: np.ndarray, most: int, fill: int) -> np.ndarray:
+    return np.pad(rows, [(0, most - len(rows))] + [(0, 0)] * (rows.ndim - 1), constant_values=fill)
