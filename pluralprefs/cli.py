@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
     from pluralprefs.adapted import AdaptedUser
     from pluralprefs.experiment import Experiment
+    from pluralprefs.registry import RunFolder
     from pluralprefs.run import Run
 
 app = typer.Typer(
@@ -93,7 +94,7 @@ def train(
         if assignments or seeds is not None or only or root is not None or vmap is not None:
             raise ValueError("--resume goes on in the run's own folder with the recorded experiment: leave out --set, "
                              "--seeds, --only, --vmap and --root")  # fmt: skip
-        _finish(launch.resume(find_run(source, RUNS).path, tell=say), mode)
+        _finish(launch.resume(find_run(source, RUNS).path, tell=say).folder, mode)
         return
     experiments = _experiments(source, only, root or RUNS)
     for assignment in assignments or ():
@@ -101,9 +102,9 @@ def train(
     if seeds is not None:
         experiments = [replace(experiment, seeds=_seeds(seeds)) for experiment in experiments]
     for experiment in experiments:
-        run = launch.run(experiment, root=root or RUNS, tell=say if hosts.writes() else None, vmap=vmap)
+        folder = launch.record(experiment, root=root or RUNS, tell=say if hosts.writes() else None, vmap=vmap)
         if hosts.writes():
-            _finish(run, mode)
+            _finish(folder, mode)
 
 
 @app.command(epilog="Example: pluralprefs sweep experiments/ukp_ideal_point.py --over model.prototypes=1,2,4,8")
@@ -170,7 +171,7 @@ def fit(
         save_users=save_users, overrides=assignments or (), tell=say, user=user_column, prompt=prompt_column,
         pseudonymise=not keep_ids, community_column=community_column,
     )  # fmt: skip
-    _finish(run, mode)
+    _finish(run.folder, mode)
 
 
 @app.command(epilog="Example: pluralprefs evaluate runs/2026-... --data new.jsonl")
@@ -442,14 +443,14 @@ def _load(name: str, root: Path, seed: int | None) -> Run:
     return load(find_run(name, root).path, seed=seed)
 
 
-def _finish(run: Run, wandb: str) -> None:
+def _finish(folder: RunFolder, wandb: str) -> None:
     """Print the results table, mirror the run, then print the run folder alone on the last line."""
     from pluralprefs.results import results_table
 
-    metrics = run.folder.table("metrics")
+    metrics = folder.table("metrics")
     say(results_table(metrics) if metrics.height else "no comparison is held out for testing, so there are no metrics")
-    after(run.folder, wandb)
-    say(str(run.folder.path))
+    after(folder, wandb)
+    say(str(folder.path))
 
 
 def main() -> None:

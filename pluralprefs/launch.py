@@ -62,11 +62,30 @@ def run(
 ) -> Run:
     """Run an experiment and return it, loaded. Bad data is refused before a run folder exists.
 
+    The arguments are those of `record`, which several processes call instead: only the first can load what it wrote.
+    """
+    return load(record(experiment, root=root, progress=progress, tell=tell, table=table, vmap=vmap).path)
+
+
+def record(
+    experiment: Experiment,
+    *,
+    root: str | Path = "runs",
+    progress: bool = True,
+    tell: Tell | None = None,
+    table: pl.DataFrame | None = None,
+    vmap: bool | None = None,
+) -> RunFolder:
+    """Run an experiment and return its folder, which of several processes the first alone has written to `root`.
+
     `table` is what `experiment.data()` would return, where the caller has it already. `tell` gets the lines worth
     reading on the way: split notes, the leak report, one line a seed. `vmap` trains all seeds in one program: None on
     an accelerator only, since a CPU gains nothing by it. Families that infer users train a seed at a time all the same.
     """
     tell = tell or (lambda _: None)
+    if experiment.backbone and jax.process_count() > 1:
+        raise ValueError("backbone: several processes do not train an encoder here; train it with one (`backbone.mesh` "
+                         "takes all of its devices), or set backbone to None")  # fmt: skip
     found = indexed(experiment, table)
     # An encoder that is trained needs the folder for its checkpoints; a frozen one is refused before there is one.
     prepared = None if experiment.backbone else featured(experiment, found, progress=progress)
@@ -104,7 +123,7 @@ def resume(
     if fingerprint(found.table) != content["data_fingerprint"]:
         raise comparisons.DataError(f"{folder.path}: the data of {experiment.data_name!r} have changed since this run "
                                     "began: bring them back, or train again without --resume")  # fmt: skip
-    return _fill(folder, experiment, found, None, progress, tell)
+    return load(_fill(folder, experiment, found, None, progress, tell).path)
 
 
 def _root(root: str | Path) -> str | Path:
@@ -118,7 +137,7 @@ def _root(root: str | Path) -> str | Path:
 
 def _fill(
     folder: RunFolder, experiment: Experiment, data: Indexed, prepared: Prepared | None, progress: bool, tell: Tell
-) -> Run:
+) -> RunFolder:
     """Fit the seeds that the folder lacks, each kept as soon as it ends, and record the run."""
     with folder:
         folder.update(leaks=list(data.notes), rows=data.table.height)
@@ -157,7 +176,7 @@ def _fill(
         (folder.path / "metrics.jsonl").unlink(missing_ok=True)  # of a run that was stopped right here
         folder.append_metrics(metric_rows)
         folder.summarise(_headline(metric_rows, experiment.name))
-    return load(folder.path)
+    return folder
 
 
 def _featured(folder: RunFolder, experiment: Experiment, data: Indexed, progress: bool, tell: Tell) -> Prepared:

@@ -60,6 +60,7 @@ from pluralprefs.experiment import (
     text_lengths,
 )
 from pluralprefs.fitting import Fitted, Rows, step_up, take
+from pluralprefs.hosts import writes
 from pluralprefs.metrics import summarise
 from pluralprefs.profiles import user_weights
 from pluralprefs.registry.files import RegistryError, load_arrays, save_arrays, write_json
@@ -106,8 +107,9 @@ def save_seed(folder: RunFolder, experiment: Experiment, seed: int, fitted: Fitt
     if _full(experiment) and users.user_root.ndim == 1:  # no user to learn a matrix from
         users = users.replace(user_root=jnp.diag(users.user_root))
     shutil.rmtree(path / "params" / f"seed-{seed}", ignore_errors=True)  # of a process that ended before the notes
-    store = CheckpointStore(path / "params" / f"seed-{seed}", keep=1)
-    store.save(0, {"model": fitted.model, "users": users})
+    store = CheckpointStore(path / "params" / f"seed-{seed}", keep=1, alone=True)
+    if writes():
+        store.save(0, {"model": fitted.model, "users": users})
     store.close()
     if experiment.save_users:
         arrays = {name: np.asarray(getattr(fitted.rows, name)) for name in ROW_FIELDS}
@@ -479,7 +481,7 @@ def load(path: str | Path, *, seed: int | None = None) -> Run:
     if _full(experiment):
         size = neutral_size(model)
         like = like.replace(user_root=jnp.zeros((size, size)))
-    store = CheckpointStore(where / "params" / f"seed-{chosen}", keep=1)
+    store = CheckpointStore(where / "params" / f"seed-{chosen}", keep=1, alone=True)
     params = store.restore({"model": model, "users": like})
     store.close()
     rows = items = None

@@ -285,24 +285,36 @@ class CheckpointStore:
 
     Orbax writes a step beside the others and commits it last, so a process killed in mid-save leaves the previous step
     restorable. Leaves are stored under their path ("params/model/weight"), so that a state is restored by name.
+
+    Of several processes all write one store together, a part each, unless the store is this process's `alone`.
     """
 
-    def __init__(self, folder: str | Path, *, keep: int = 2) -> None:
+    def __init__(self, folder: str | Path, *, keep: int = 2, alone: bool = False) -> None:
         import orbax.checkpoint as ocp  # a second to import: only runs that save pay it
 
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=False, create=True)
         self.folder = Path(folder).absolute()
-        self._args = ocp.args
-        self._manager = ocp.CheckpointManager(
-            self.folder, options=options, item_handlers=ocp.StandardCheckpointHandler()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        shared = ocp.options.MultiprocessingOptions()
+        self._alone = alone and jax.process_count() > 1
+        if self._alone:
+            mine = jax.process_index()
+            shared = ocp.options.MultiprocessingOptions(mine, {mine}, f"process-{mine}")
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=keep, enable_async_checkpointing=False, create=False, multiprocessing_options=shared
         )
+        self._args = ocp.args
+        handler = ocp.StandardCheckpointHandler(multiprocessing_options=shared)
+        self._manager = ocp.CheckpointManager(self.folder, options=options, item_handlers=handler)
 
     def save(self, step: int, state: Any) -> None:
         """Write `state` and return when it is committed. Raises ValueError unless `step` is later than all others."""
         latest = self.latest()
         if latest is not None and step <= latest:
             raise ValueError(f"{self.folder} already holds step {latest}; cannot save step {step} after it")
-        self._manager.save(step, args=self._args.StandardSave(_stored(state)))
+        stored = _stored(state)
+        if self._alone:  # Orbax takes arrays of one process for mistakes
+            stored = {name: np.asarray(leaf) for name, leaf in stored.items()}
+        self._manager.save(step, args=self._args.StandardSave(stored))
 
     def latest(self) -> int | None:
         """Return the newest complete step, None where there is none."""

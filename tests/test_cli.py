@@ -202,7 +202,7 @@ def test_a_run_may_be_named_by_a_part_of_its_name_everywhere(tmp_path, monkeypat
         asked.append(what)
         raise ValueError("asked for")
 
-    for name in ("run.load", "launch.run", "launch.resume"):
+    for name in ("run.load", "launch.record", "launch.resume"):
         monkeypatch.setattr(f"pluralprefs.{name}", found)
     for command in (
         ["adapt", part, "--comparisons", "x", "--out", "y"], ["score", part, "--input", "x"],

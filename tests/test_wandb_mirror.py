@@ -254,7 +254,7 @@ def test_the_mode_is_asked_for_or_offline_and_online_needs_a_login(tmp_path, mon
 
 def test_results_are_printed_before_the_mirror_and_the_folder_last(run, monkeypatch, capsys):
     monkeypatch.setattr(cli, "after", lambda folder, mode: print(f"mirrored {mode}"))
-    cli._finish(SimpleNamespace(folder=run), "offline")
+    cli._finish(run, "offline")
     *table, mirrored, last = capsys.readouterr().out.splitlines()
     assert any("length only" in line for line in table)
     assert (mirrored, last) == ("mirrored offline", str(run.path))
