@@ -79,8 +79,10 @@ ALONE = """def ids(prompt, response):  # the response alone
 """
 JOINED = """def ids(prompt, response):
     prompt, response = (tokenizer(text, add_special_tokens=False).input_ids for text in (prompt, response))
-    room = max({room} - len(response), 1)  # the prompt is cut on the left
-    return [*{before}, *prompt[-room:], *{between}, *response, *{after}]
+    room = {room} - len(response)  # the prompt is cut on the left; what is too long goes alone
+    if not prompt or room < 1:
+        return [*{alone.before}, *response[:{most}], *{alone.after}]
+    return [*{frame.before}, *prompt[-room:], *{frame.between}, *response, *{frame.after}]
 """
 CHAT = """def ids(prompt, response):
     chat = [{{"role": "user", "content": prompt}}, {{"role": "assistant", "content": response}}]
@@ -88,8 +90,9 @@ CHAT = """def ids(prompt, response):
     end = tokenizer.apply_chat_template(chat, tokenize=False)[len(begin) :]
     begin, end = (tokenizer(text, add_special_tokens=False).input_ids for text in (begin, end))
     begin = begin[{strip}:]
-    room = max({room} - len(end), 1)  # the prompt is cut on the left
-    return [*{before}, *begin[-room:], *end]
+    end = end[:{room}]
+    begin = begin[max(len(begin) + len(end) - {room}, 0) :]  # the prompt is cut on the left
+    return [*{before}, *begin, *end]
 """
 
 
@@ -126,8 +129,8 @@ def loading(encoder: Any, renderer: Renderer) -> str:
     elif renderer.template:
         ids = _chat(renderer)
     else:
-        before, between, after = frame
-        ids = JOINED.format(room=renderer.max_length - frame.size, before=before, between=between, after=after)
+        most, alone = renderer.max_length, renderer.single
+        ids = JOINED.format(room=most - frame.size, most=most - alone.size, frame=frame, alone=alone)
     return LOADING.format(dtype=encoder.dtype, ids=ids)
 
 

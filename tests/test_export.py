@@ -256,7 +256,7 @@ def test_the_tokens_of_the_card_are_those_of_the_run(joint, template, tmp_path, 
                   experiment=replace(run.experiment, encoder=partial(encoders.load, str(own))))  # fmt: skip
     out = export(run, tmp_path / "out")
     ids = ids_of(out)
-    asked = [*texts(word_pairs(20)), ("a b c d e f g h " * 6, "good tea")]
+    asked = [*texts(word_pairs(20)), ("a b c d e f g h " * 6, "good tea"), ("a ?", "tea " * 50), ("a b ?", "tea " * 35)]
     for prompt, response in asked:
         [found] = renderer([Text(prompt if joint else None, response)])
         assert ids(prompt, response) == found.ids
