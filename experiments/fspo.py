@@ -4,22 +4,28 @@ Command: python experiments/fspo.py [--seeds 0,1,2]                             
          python experiments/fspo.py --model FOLDER --data comparisons.jsonl     (FSPO as published, on one's own data)
 
 A world in words, so small that a decoder of 83,000 parameters learns it from nothing. A response shows one pole of one
-of four aspects ("warm tea" against "dry tea"); every user likes one pole of each aspect, drawn by a fair coin, and
-prefers it 9 times in 10. So the population prefers nothing, and what a shot says of a user is known exactly: the
-posterior predictive is the best that anybody can do. 300 users with 24 comparisons; a fifth of them are never trained
+of three aspects ("warm tea" against "dry tea"); every user likes one pole of each aspect, drawn by a fair coin, and
+prefers it 19 times in 20. So the population prefers nothing, and what a shot says of a user is known exactly: the
+posterior predictive is the best that anybody can do. 400 users with 24 comparisons; a fifth of them are never trained
 on. The decoder, which knows no language, first reads windows of training users as plain text; then come the two stages
 of `pluralprefs.fspo`.
 
-Result (2026-11-22, 2 CPU cores beside many other jobs, 350 s; ONE seed, 0; 95 % intervals over 49 unseen users;
-accuracy in points, NLL):
+Result (2026-11-22, 256 s of processor time on 2 CPU cores that many jobs shared; ONE seed, 0; 95 % intervals over 72
+unseen users; accuracy in points, NLL):
 
     shots   fspo                       best possible
-    0       50.3 [41.3, 58.4]; 0.697   47.5 [39.6, 55.6]; 0.693
-    2       59.9 [55.2, 65.0]; 0.642   61.1 [55.4, 66.6]; 0.603
-    4       67.4 [62.0, 72.9]; 0.600   70.9 [66.3, 75.4]; 0.515
-    8       74.0 [68.5, 79.7]; 0.533   81.7 [77.1, 85.9]; 0.404
-    8, another user's shots: 24.8 [17.9, 32.2] points fewer; labels of the shots reversed: 69.3 % [64.4, 74.1] of
-    the sides reverse (82.5 % of the best possible's: it leaves the others at 0, aspects not shown or shown both ways)
+    0       45.5 [37.4, 54.2]; 0.759   45.1 [39.3, 51.3]; 0.693
+    2       75.6 [70.9, 80.1]; 0.484   68.2 [64.3, 72.6]; 0.467
+    4       85.5 [81.6, 89.3]; 0.352   81.8 [77.7, 85.5]; 0.329
+    8       89.1 [85.1, 92.8]; 0.311   91.5 [88.0, 94.6]; 0.223
+    8, another user's shots: 33.6 [24.5, 43.4] points fewer; labels of the shots reversed: 86.4 % [83.3, 89.6] of the
+    sides reverse (92.6 % of the best possible's, which leaves the others at 0: aspects not shown, or shown both ways)
+
+The best possible leaves an aspect that no shot showed at 0, which counts one half; the decoder guesses and was right
+more often in this draw. Its NLL is above the best. **Negative**: without shots it is 0.759, worse than log 2:
+one temperature for all numbers of shots leaves noise too sure there. A first try (four aspects, 9 times in 10, 300
+users, fewer steps, seed 0): 50.3, 59.9, 67.4, 74.0 points at 0, 2, 4, 8 shots where 47.5, 61.1, 70.9, 81.7 were
+possible, flip rate 69.3 % of 82.5 %.
 
 Not run: `--model` on Llama-3.2-3B-Instruct or any decoder of published size; several seeds; descriptions.
 """
@@ -63,9 +69,26 @@ from pluralprefs.train import init_state, make_train_step, train
 from pluralprefs.types import Params, Tokens
 from pluralprefs.windows import Corpus, Drawn, Windows
 
-ASPECTS = (("warm", "dry"), ("brief", "ample"), ("plain", "ornate"), ("bold", "shy"))
-TOPICS = ("tea", "rain", "bread", "chess", "trains", "birds", "maps", "jazz", "soap", "wool", "salt", "moss")
-SLOPE = float(logit(0.9))
+ASPECTS = (("warm", "dry"), ("brief", "ample"), ("plain", "ornate"))
+TOPICS = (
+    "tea",
+    "rain",
+    "bread",
+    "chess",
+    "trains",
+    "birds",
+    "maps",
+    "jazz",
+    "soap",
+    "wool",
+    "salt",
+    "moss",
+    "sand",
+    "ink",
+    "clay",
+    "rope",
+)
+SLOPE = float(logit(0.95))
 SHOTS, CELL = (0, 2, 4, 8), "unseen/testpair"
 SHORT = Wording(
     opening="", shot="{question} + {preferred} - {dispreferred} ", tie="{question} = {preferred} = {dispreferred} ",
@@ -172,12 +195,12 @@ def simulated(seed: int, users: int, each: int) -> tuple[pl.DataFrame, pl.DataFr
         graphdef, params, prompter = tiny(Path(folder), seed)
     log_probability = decoder_log_probability(graphdef)
     corpus = Corpus(table, prompter)
-    params = language(log_probability, params, corpus, epochs=2, seed=seed)
+    params = language(log_probability, params, corpus, epochs=3, seed=seed)
     console.print(f"seed {seed}: {perf_counter() - begin:.0f} s to read")
     policy = fit_fspo(
         log_probability, params, corpus, seed=seed, report=partial(report, 50),
         supervised=Stage(optax.adamw(1e-3), Drawn(epochs=1, batch_size=32)),
-        preference=Stage(optax.adamw(1e-3), Drawn(epochs=1, batch_size=32)),
+        preference=Stage(optax.adamw(1e-3), Drawn(epochs=2, batch_size=32)),
         family=ImplicitReward(beta=0.1), likelihood=IPO(beta=0.1),
     )  # fmt: skip
     found = predictions(policy, corpus, draws, model="fspo", seed=seed, shots=SHOTS)
@@ -219,7 +242,7 @@ def show(found: pl.DataFrame) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", default="0,1,2")
-    parser.add_argument("--users", type=int, default=300)
+    parser.add_argument("--users", type=int, default=400)
     parser.add_argument("--each", type=int, default=24)
     parser.add_argument("--model", help="folder or Hugging Face id of a decoder")
     parser.add_argument("--data", help="file of comparisons")

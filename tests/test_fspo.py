@@ -146,11 +146,8 @@ def test_small_updates_reach_float32_masters_and_narrower_ones_are_refused(corpu
         require_masters(jax.tree.map(lambda x: x.astype(jnp.bfloat16), decoder.params))
 
 
-@pytest.mark.parametrize(
-    "likelihood",
-    [IPO(0.5), pytest.param(Logistic.init(label_smoothing=0.1), marks=pytest.mark.slow)],
-    ids=["ipo", "dpo"],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("likelihood", [IPO(0.5), Logistic.init(label_smoothing=0.1)], ids=["ipo", "dpo"])
 def test_both_stages_train_and_the_second_starts_at_its_reference(likelihood, prompter, decoder):
     corpus = Corpus(table(), prompter, {f"u{n}": LETTERS[n % 2] for n in range(USERS)})
     log_probability, steps = decoder_log_probability(decoder.graphdef), []
@@ -163,7 +160,7 @@ def test_both_stages_train_and_the_second_starts_at_its_reference(likelihood, pr
     assert supervised[-1]["nats"] < supervised[0]["nats"]
     assert supervised[-1]["description"] < 0.7 * supervised[0]["description"]
     start = 1.0 if isinstance(likelihood, IPO) else np.log(2)
-    assert preference[0]["nats"] == pytest.approx(start, abs=1e-5)  # (1 / (2 beta))^2; log 2
+    assert preference[0]["nats"] == pytest.approx(start, abs=1e-4)  # (1 / (2 beta))^2; log 2
     assert preference[-1]["nats"] != pytest.approx(start, abs=1e-3)
     assert all(metrics["loss"] == pytest.approx(metrics["nats"] + metrics["description"]) for metrics in preference)
     assert (policy.log_scale == 0.0) == isinstance(likelihood, Logistic)
@@ -266,10 +263,12 @@ def test_log_odds_are_alike_in_any_batch(prompter, corpus, decoder):
 @pytest.mark.slow
 def test_a_tiny_decoder_learns_to_read_users_from_nothing():
     experiment = runpy.run_path(str(Path(__file__).parents[1] / "experiments" / "fspo.py"))
-    found, _ = experiment["simulated"](0, 300, 24)
+    found, _ = experiment["simulated"](0, 400, 24)
     right = found.with_columns(right=(pl.col("log_odds") > 0) == (pl.col("target") > 0.5))
     plain = right.filter(pl.col("control").is_null(), pl.col("model") == "fspo")
     accuracy = dict(plain.group_by("shots").agg(pl.col("right").mean()).rows())
-    assert accuracy[8] > 0.75 > accuracy[2] > 0.55
+    assert accuracy[8] > 0.85
+    assert 0.65 < accuracy[2] < accuracy[8]
+    assert abs(accuracy[0] - 0.5) < 0.1
     rate = controls(found.filter(pl.col("model") == "fspo")).filter(pl.col("metric") == "flip_rate")["value"][0]
-    assert rate > 0.85
+    assert rate > 0.8
