@@ -98,7 +98,10 @@ def training_memory(
 
 def table(tokens: int = 16_384) -> str:
     """The Markdown table of docs/scaling.md, in GB (1e9 bytes)."""
-    lines = ["| model | parameters | mode | weights | gradients | Adam | activations | total |", "|---|---|---|" + "---|" * 5]
+    lines = [
+        "| model | parameters | mode | weights | gradients | Adam | activations | total |",
+        "|---|---|---|" + "---|" * 5,
+    ]
     for name, config in SHAPES.items():
         for mode in MODES:
             memory = training_memory(config, mode, tokens=tokens)
