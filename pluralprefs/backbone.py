@@ -193,10 +193,9 @@ def train_backbone(
     trained, frozen = split(started.params, lambda name: labels[f"encoder/{name}"] != "frozen")
     frozen = jax.tree.map(lambda leaf: leaf.astype(backbone.frozen_dtype), frozen)
     update = backbone.optimizer(labels, steps)
-    state = init_state(
-        Params(model, table_of_users, likelihood, encoder=trained), update, jax.random.key(backbone.seed)
-    )
-    state, frozen = _placed((state, frozen), mesh)
+    # The step donates its state: the caller's encoder and model are not to go with it.
+    params = jax.tree.map(jnp.copy, Params(model, table_of_users, likelihood, encoder=trained))
+    state, frozen = _placed((init_state(params, update, jax.random.key(backbone.seed)), frozen), mesh)
 
     def nats(params: Params) -> float:
         now = started.replace(params=join(params.encoder, frozen))
