@@ -14,6 +14,7 @@ import numpy as np
 import optax
 import polars as pl
 import pytest
+from jax.sharding import PartitionSpec
 from record_decoders import FIXTURES, save_tokenizer
 from safetensors.numpy import load_file
 
@@ -171,7 +172,7 @@ def test_losses_are_equal_with_features_cached_and_with_a_frozen_encoder_called_
 def test_training_on_a_mesh_equals_training_on_one_device(encoder, data):
     (one, found, _), losses = trained(SMALL, encoder, data)
     (_, sharded, _), others = trained(replace(SMALL, mesh={"data": 2, "fsdp": 2, "tensor": 2}), encoder, data)
-    assert sharded["layers/0/query/kernel"].sharding.spec == ("fsdp", "tensor")
+    assert sharded["layers/0/query/kernel"].sharding.spec == PartitionSpec("fsdp", "tensor")
     np.testing.assert_allclose(others, losses, rtol=1e-4)
     assert losses[1] < losses[0] - 0.05
     for name, leaf in found.items():
