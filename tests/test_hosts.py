@@ -67,7 +67,7 @@ def test_two_processes_train_and_evaluate_what_one_does_and_one_of_them_writes(t
     together([[*train, str(tmp_path / "one")]], **data)
     said = together([[*train, str(tmp_path / "two"), *both, str(number)] for number in range(2)], **data)
     assert said[0].splitlines()[-1].startswith(str(tmp_path / "two"))
-    assert said[1] == ""
+    assert not [line for line in said[1].splitlines() if not line.startswith("[Gloo]")]
     [one], [two] = (list((tmp_path / name).iterdir()) for name in ("one", "two"))
     losses = [pl.read_parquet(run / "training.parquet") for run in (one, two)]
     assert losses[0].height > 3
