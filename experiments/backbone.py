@@ -122,13 +122,14 @@ def experiments(folder: Path) -> dict[str, Experiment]:
     heads = {"attention": FAMILIES["attribute_attention"], "pal": FAMILIES["ideal_direction"]}
     found = {}
     for head, parts in heads.items():
+        own = {**parts, "users": Pooled(levels=(), gain=False, cross_fit=None)}
         joined = {"joint": head == "attention", "prompt": head == "pal", "max_length": LENGTH}
         arms: dict[str, Any] = {name: (tiny, backbone) for name, backbone in backbones.items()}
         for arm, (encoder, backbone) in (arms | {"minilm": ("minilm", None)}).items():
             found[f"{head}_{arm}"] = Experiment(
                 data=data, encoder=partial(encoders.load, encoder, **joined), backbone=backbone,
                 name=f"{head}_{arm}", data_name="ukp subset", refit=False,
-                **parts | {"users": Pooled(levels=(), gain=False, cross_fit=None)},
+                **own,
             )  # fmt: skip
     return found
 
