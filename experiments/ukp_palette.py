@@ -6,15 +6,15 @@ The predictors are those of `make palette`, learned from rewrites by the lexicon
 wrote are a guess at the attribute, tested here on rewrites of arguments in phrases that no head has met. Each vote came
 with a reason in free text; `MENTIONS` finds the words by which a reason speaks of an attribute. A reason is evidence of
 what a person weighed, though it names attributes that are easy to name.
-Result (2026-11-22, debates, seed 0, heads given, 21 minutes of one of 2 busy CPU cores; LOG.md has more). The heads order
-99.0 % of rewrites of 96 arguments two or more levels apart (assertiveness 94.3 %, all others 97 % and more). With
-attributes minus the same model without: +2.6 points [+1.2, +4.1] and -0.076 nats on new debates, -0.4 [-1.0, +0.3] and
-+0.005 [-0.003, +0.013] on known ones; new users at 32 shots -0.9 [-2.1, +0.2], +0.017 [+0.006, +0.026]: negative in nats.
-All debates like verbosity (+1.7 [+1.4, +2.0] for the population) and politeness (+1.1), and dislike what scores high on
-security (-1.7), which no reason explains. Reasons speak of length or detail in 17.8 % of votes, the most of 12 attributes,
-of directness in 6.9 % (preference -0.7: the heads' directness is not the reasons'), of security in 0.3 %. Over attributes
-the share of reasons and the size of the preference hardly agree (Spearman +0.22, n = 12; over 13 debates +0.56 for
-verbosity, -0.44 to +0.39 for the others). Workers' stances were not run.
+Result (2026-11-22, debates, seed 0, heads given, 21 minutes of one of 2 busy CPU cores; LOG.md has more). The heads
+order 99.0 % of rewrites of 96 arguments two or more levels apart (assertiveness 94.3 %, all others 97 % and more).
+With attributes minus the same model without: +2.6 points [+1.2, +4.1] and -0.076 nats on new debates, -0.4 [-1.0,
++0.3] and +0.005 [-0.003, +0.013] on known ones; new users at 32 shots -0.9 [-2.1, +0.2], +0.017 [+0.006, +0.026]:
+negative in nats. All debates like verbosity (+1.7 [+1.4, +2.0] for the population) and politeness (+1.1), and dislike
+what scores high on security (-1.7), which no reason explains. Reasons speak of length or detail in 17.8 % of votes,
+the most of 12 attributes, of directness in 6.9 % (preference -0.7: the heads' directness is not the reasons'), of
+security in 0.3 %. Over attributes the share of reasons and the size of the preference hardly agree (Spearman +0.22, n
+= 12; over 13 debates +0.56 for verbosity, -0.44 to +0.39 for the others). Workers' stances were not run.
 """
 
 from __future__ import annotations
