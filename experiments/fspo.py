@@ -205,7 +205,8 @@ def simulated(seed: int, users: int, each: int) -> tuple[pl.DataFrame, pl.DataFr
     )  # fmt: skip
     found = predictions(policy, corpus, draws, model="fspo", seed=seed, shots=SHOTS)
     bound = [best_possible(table, draws, count).with_columns(seed=pl.lit(seed, pl.Int64)) for count in SHOTS]
-    console.print(f"seed {seed}: {perf_counter() - begin:.0f} s in all; log inverse temperature {policy.log_scale:.2f}")
+    scales = ", ".join(f"{count}: {factor:.2f}" for count, factor in policy.temperatures)
+    console.print(f"seed {seed}: {perf_counter() - begin:.0f} s in all; inverse temperatures by shots {scales}")
     return pl.concat([found, *bound]), table
 
 

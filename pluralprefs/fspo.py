@@ -29,6 +29,7 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float
 
+from pluralprefs.data.episodes import episode_indices
 from pluralprefs.encoders.in_context import LogProbability, completions, encode_pairs, reference_log_probabilities
 from pluralprefs.fitting import Rows, take
 from pluralprefs.inferring import held_out
@@ -41,7 +42,8 @@ from pluralprefs.types import Key, Params, Reduction, Tokens
 from pluralprefs.windows import Corpus, Drawn, Windows
 
 Report = Callable[[str, int, Mapping[str, float]], None]  # stage, steps done, metrics
-CALIBRATION = 4  # passes over the users held out for the temperature
+CALIBRATION = 4  # passes over the users held out for the temperatures
+KNOTS = (0, 1, 2, 4, 8, 16)  # numbers of shots that have a temperature of their own, beside the most
 
 
 @dataclass(frozen=True)
@@ -123,11 +125,11 @@ def fit_fspo(
     seed: int = 0,
     report: Report | None = None,
 ) -> Policy:
-    """Train both stages on the corpus's training users, and learn a temperature where the likelihood needs one.
+    """Train both stages on the corpus's training users, and learn temperatures where the likelihood needs them.
 
-    IPO's scores are not log-odds: a fifth of the training users is held out of both stages, and the temperature is what
-    serves their judgements best. Raises ValueError for parameters that are not float32, for a likelihood of another
-    beta, and where there are too few users to hold any out.
+    IPO's scores are not log-odds: a fifth of the training users is held out of both stages, and the temperature at each
+    number of shots is what serves their judgements best. Raises ValueError for parameters that are not float32, for a
+    likelihood of another beta, and where there are too few users to hold any out.
     """
     require_masters(params)
     if isinstance(likelihood, IPO) and likelihood.beta != family.beta:
@@ -184,10 +186,16 @@ def _train(
 
 
 def _tempered(policy: Policy, corpus: Corpus, held: Rows, drawn: Drawn, seed: int) -> Policy:
-    scores, targets = [], []
-    for batch in corpus.stream(held, seed, replace(drawn, epochs=CALIBRATION)):
-        known = np.asarray(batch.rows.weight) > 0
-        scores.append(policy.scores(batch.rows)[known])
-        targets.append(np.asarray(batch.rows.target)[known])
-    factor = inverse_temperature(np.concatenate(scores), np.concatenate(targets))
-    return replace(policy, log_scale=float(np.log(factor)))
+    """The policy with the inverse temperatures that serve users held out best, learned apart by number of shots."""
+    found = []
+    for count in [*(n for n in KNOTS if n < drawn.shots), drawn.shots]:
+        asked, targets = [], []
+        for draw in range(CALIBRATION):
+            order = np.random.default_rng([seed, count, draw])
+            for shown, wanted in zip(*episode_indices(order, held, count, drawn.queries, exactly=True), strict=True):
+                shots, rows = corpus.shots(take(held, shown[shown >= 0])), wanted[wanted >= 0]
+                asked += [corpus.asked(take(held, row), shots, corpus.description(held, row)) for row in rows]
+                targets += [float(held.target[row]) for row in rows]
+        factor = inverse_temperature(policy.log_odds(asked, batch_size=drawn.batch_size), np.array(targets))
+        found.append((count, float(factor)))
+    return replace(policy, temperatures=tuple(found))

@@ -31,14 +31,18 @@ Describe = Callable[[Sequence[Sequence[Shot]]], list[str]]  # the shots of users
 
 @dataclass(frozen=True)
 class Policy:
-    """A trained model with its reference. `log_scale` is the inverse temperature's logarithm, 0 for DPO."""
+    """A trained model with its reference.
+
+    `temperatures` are inverse ones by number of shots, in order, linear between them: a model that is sure of what many
+    shots say may be as sure, and wrong, of what it says without any.
+    """
 
     log_probability: LogProbability
     params: Any
     reference: Any
     prompter: Prompter
     family: ImplicitReward
-    log_scale: float = 0.0
+    temperatures: tuple[tuple[int, float], ...] = ((0, 1.0),)
 
     def log_odds(self, asked: Sequence[Asked], *, batch_size: int = 16) -> Float[np.ndarray, " rows"]:
         """Log-odds that the user of each question prefers the first response."""
@@ -47,13 +51,15 @@ class Policy:
             part = asked[start : start + batch_size]
             rows = tokens_of(self.prompter, part, unknown(len(part)), batch_size)
             found.append(self.scores(rows)[: len(part)])
-        return np.concatenate([*found, np.zeros(0)])
+        counts, factors = (np.array(part, float) for part in zip(*self.temperatures, strict=True))
+        factor = np.interp([len(each.shots) for each in asked], counts, factors)
+        return np.concatenate([*found, np.zeros(0)]) * factor
 
     def scores(self, rows: Comparisons[Tokens]) -> Float[np.ndarray, " rows"]:
-        """Log-odds of rows as tokens."""
+        """Scores of rows as tokens, beta h: log-odds but for the temperature."""
         encoded = encoded_pairs(self.log_probability, self.params, self.reference, rows)
         log_odds = jax.vmap(partial(self.family.log_odds, ()))(encoded.first, encoded.second)
-        return np.asarray(log_odds, float) * np.exp(self.log_scale)
+        return np.asarray(log_odds, float)
 
 
 def predictions(

@@ -99,6 +99,10 @@ class Corpus:
         """One row as a question behind shots."""
         return Asked(shots, self.prompts[row.first] or "", self.texts[row.first], self.texts[row.second], description)
 
+    def description(self, rows: Rows, at: int) -> str | None:
+        """What is known in words of the user of a row of `training`; None where nobody is described."""
+        return None if self.descriptions is None else self.descriptions[int(rows.user[at])]
+
     def windows(self, episodes: Episode[Any], batch_size: int) -> Windows:
         """Render index episodes [users, shots | queries] of `training` rows, filled up to `batch_size` windows."""
         asked, rows, told = [], [], []
@@ -108,7 +112,7 @@ class Corpus:
             if not len(place):
                 continue
             shots = self.shots(take(shown, np.flatnonzero(np.asarray(shown.weight) > 0)))
-            said = None if self.descriptions is None else self.descriptions[int(wanted.user[place[0]])]
+            said = self.description(wanted, place[0])
             each = [take(wanted, at) for at in place]
             asked += [self.asked(row, shots, said) for row in each]
             rows += each

@@ -81,7 +81,7 @@ def test_a_window_is_one_users_never_shows_what_it_asks_and_shows_any_number_of_
     assert not training & unseen
     numbers = []
     for batch in corpus.stream(corpus.training(), 0, DRAWN):
-        for row in np.flatnonzero(np.asarray(batch.rows.weight) > 0):
+        for row in np.flatnonzero(np.asarray(batch.rows.weight) > 0).tolist():
             first, second = said(prompter, batch.rows.first, row), said(prompter, batch.rows.second, row)
             assert first.rpartition("assistant")[0] == second.rpartition("assistant")[0]
             *before, letter, topic, _ = first.split()
@@ -163,7 +163,7 @@ def test_both_stages_train_and_the_second_starts_at_its_reference(likelihood, pr
     assert preference[0]["nats"] == pytest.approx(start, abs=1e-4)  # (1 / (2 beta))^2; log 2
     assert preference[-1]["nats"] != pytest.approx(start, abs=1e-3)
     assert all(metrics["loss"] == pytest.approx(metrics["nats"] + metrics["description"]) for metrics in preference)
-    assert (policy.log_scale == 0.0) == isinstance(likelihood, Logistic)
+    assert (policy.temperatures == ((0, 1.0),)) == isinstance(likelihood, Logistic)
     apart = [np.abs(np.asarray(a) - np.asarray(b)).max() for one, other in
              ((decoder.params, policy.reference), (policy.reference, policy.params))
              for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True)]  # fmt: skip
@@ -207,7 +207,7 @@ def counting(params, tokens):
 def test_predictions_follow_the_shots_and_their_controls_reverse_or_exchange_them(prompter):
     prompter = replace(prompter, renderer=replace(prompter.renderer, max_length=64))
     corpus = Corpus(table(), prompter)
-    policy = Policy(counting, jnp.float32(1.0), jnp.float32(0.0), prompter, ImplicitReward(0.5), log_scale=np.log(2.0))
+    policy = Policy(counting, jnp.float32(1.0), jnp.float32(0.0), prompter, ImplicitReward(0.5), ((0, 1.0), (4, 3.0)))
     draws = support_draws(corpus.table, shots=(0, 1, 4), draws=3)
     found = predictions(policy, corpus, draws, model="m", shots=(0, 1, 4), batch_size=16)
     assert found.columns == list(PREDICTIONS)
@@ -215,8 +215,9 @@ def test_predictions_follow_the_shots_and_their_controls_reverse_or_exchange_the
     asked = corpus.table.filter(pl.col("cell") == "unseen/testpair")
     assert plain.group_by("shots").len().sort("shots")["len"].to_list() == [len(asked) * n for n in (1, 3, 3)]
     sign = np.where(plain["target"] > 0.5, 1.0, -1.0)
-    # l = scale beta h, and a shot adds 1 to the log-probability of the letter it prefers and takes 1 from the other.
-    np.testing.assert_allclose(plain["log_odds"], sign * 2.0 * plain["shots"].to_numpy(), atol=1e-5)
+    # l = scale beta h with a scale of 1, 1.5 and 3, and a shot adds 1 to the log-probability of the letter it prefers and takes 1 from the other.
+    shown = plain["shots"].to_numpy()
+    np.testing.assert_allclose(plain["log_odds"], sign * (1 + 0.5 * shown) * shown, atol=1e-5)
     np.testing.assert_array_equal(controls(found).filter(pl.col("metric") == "flip_rate")["value"], 1.0)
     wrong = found.filter(pl.col("control") == "wrong_user")
     kinds = {user: int(user[1:]) % 2 for user in wrong["user_id"].unique()}
