@@ -215,7 +215,8 @@ def test_predictions_follow_the_shots_and_their_controls_reverse_or_exchange_the
     asked = corpus.table.filter(pl.col("cell") == "unseen/testpair")
     assert plain.group_by("shots").len().sort("shots")["len"].to_list() == [len(asked) * n for n in (1, 3, 3)]
     sign = np.where(plain["target"] > 0.5, 1.0, -1.0)
-    # l = scale beta h with a scale of 1, 1.5 and 3, and a shot adds 1 to the log-probability of the letter it prefers and takes 1 from the other.
+    # l = scale beta h with a scale of 1, 1.5 and 3; a shot adds 1 to the log-probability of the letter it prefers and
+    # takes 1 from the other.
     shown = plain["shots"].to_numpy()
     np.testing.assert_allclose(plain["log_odds"], sign * (1 + 0.5 * shown) * shown, atol=1e-5)
     np.testing.assert_array_equal(controls(found).filter(pl.col("metric") == "flip_rate")["value"], 1.0)
