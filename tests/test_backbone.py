@@ -181,6 +181,7 @@ def test_training_on_a_mesh_equals_training_on_one_device(encoder, data):
     assert one.weights != encoder.weights
 
 
+@pytest.mark.slow
 def test_a_training_that_was_killed_ends_with_the_bits_of_one_that_was_not(encoder, data, tmp_path, monkeypatch):
     lora = replace(SMALL, lora=Lora(rank=2), accumulate=2)
     (_, whole, notes), _ = trained(lora, encoder, data, validation=range(20))

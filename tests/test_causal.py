@@ -131,7 +131,11 @@ def test_a_token_that_only_the_tokenizer_knows_is_refused_in_a_text_and_named(fo
 @pytest.mark.parametrize(
     ("config", "options", "message"),
     [
-        ({"model_type": "mamba"}, {}, "model_type 'mamba' is not one of bert, roberta, xlm-roberta, distilbert, llama"),
+        (
+            {"model_type": "mamba"},
+            {},
+            "model_type 'mamba' is not one of bert, roberta, xlm-roberta, distilbert, modernbert, llama",
+        ),
         ({}, {"pooling": "cls"}, "pooling 'cls' is not computed here; give pooling='last' or 'mean'"),
         ({}, {"max_length": 65}, "max_length 65 exceeds the model's 64 positions"),
         ({"vocab_size": 9}, {}, r"embed_tokens.* is \(48, 16\), config.json says \(9, 16\)"),

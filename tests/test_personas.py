@@ -582,6 +582,7 @@ WISHES = {
 }
 
 
+@pytest.mark.slow
 def test_labels_of_the_offline_teacher_agree_with_the_truth_and_a_fit_on_them_finds_it(tmp_path):
     drawn, levels = written()
     known = people(**{f"u{number}": description for number, description in enumerate(WISHES)})

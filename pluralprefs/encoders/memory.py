@@ -9,7 +9,9 @@ are kept. Programs, buffers of collectives, fragments and the features of a head
 from __future__ import annotations
 
 import math
-from typing import Literal, NamedTuple
+from dataclasses import replace
+from functools import cache
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -65,14 +67,18 @@ SHAPES = {
 
 def parameters(config: DecoderConfig) -> int:
     """The number of parameters of a decoder without its head."""
-    return sum(math.prod(shape.shape) for shape in jax.tree.leaves(_shapes(config)))
+    shapes = dict(_shapes(config))
+    layer, rest = (
+        sum(math.prod(shape.shape) for shape in jax.tree.leaves(part)) for part in (shapes.pop("layers"), shapes)
+    )
+    return config.layers * layer + rest
 
 
 def lora_parameters(config: DecoderConfig, rank: int) -> int:
     """The number of parameters of adapters on every linear map of every layer: rank x (inputs + outputs) each."""
     leaves = jax.tree_util.tree_leaves_with_path(_shapes(config)["layers"])
     kernels = [leaf for path, leaf in leaves if path[-1].key == "kernel"]
-    return rank * sum(sum(kernel.shape) for kernel in kernels)
+    return config.layers * rank * sum(sum(kernel.shape) for kernel in kernels)
 
 
 def training_memory(
@@ -110,6 +116,9 @@ def table(tokens: int = 16_384) -> str:
     return "\n".join(lines)
 
 
-def _shapes(config: DecoderConfig) -> dict[str, dict]:
+@cache
+def _shapes(config: DecoderConfig) -> dict[str, Any]:
+    """The shapes of a decoder with one layer: all layers have the same."""
+    config = replace(config, layers=1, windows=config.windows[:1], ropes=config.ropes[:1])
     model = nnx.eval_shape(lambda: Decoder(config, head=False, dtype=jnp.bfloat16, remat=None, rngs=nnx.Rngs(0)))
     return nnx.to_pure_dict(nnx.split(model)[1])
