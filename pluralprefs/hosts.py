@@ -9,6 +9,7 @@ With one process every function here is the identity, and none needs to be asked
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -113,7 +114,8 @@ def gathered(values: np.ndarray, positions: np.ndarray, total: int) -> np.ndarra
 
     most = int(process_allgather(np.int32(len(positions))).max())
     # Bytes, for JAX would round float64 and int64.
-    raw = np.ascontiguousarray(values).reshape(len(positions), -1).view(np.uint8)
+    width = math.prod(values.shape[1:])  # said, since a process may have no rows to tell it from
+    raw = np.ascontiguousarray(values).reshape(len(positions), width).view(np.uint8)
     places = np.asarray(process_allgather(_upto(positions.astype(np.int32), most, -1))).reshape(-1)
     rows = np.asarray(process_allgather(_upto(raw, most, 0))).reshape(-1, raw.shape[1])
     out = np.zeros((total, *values.shape[1:]), values.dtype)
