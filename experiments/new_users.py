@@ -31,9 +31,12 @@ from pluralprefs import encoders
 from pluralprefs.contrasts import paired_difference
 from pluralprefs.data import splits
 from pluralprefs.data.simulate import World, attribute_table, bayes_predictions, hierarchical, ideal_point, low_rank
+from pluralprefs.describe import describe
 from pluralprefs.experiment import Experiment, every_family
 from pluralprefs.metrics import summarise
 from pluralprefs.registry import list_runs, open_run
+from pluralprefs.registry.environment import redact
+from pluralprefs.registry.files import plain
 from pluralprefs.results import results_table
 from pluralprefs.sweep import sweep
 
@@ -125,9 +128,12 @@ def show(name: str, root: Path, asked: dict[str, Experiment]) -> None:
     done = list_runs(root).filter(pl.col("status") == "done").sort("run", descending=True)
     runs = {}
     for route in asked:
-        own = done.filter(pl.col("run").str.contains(f"-{route}-{asked[route].data_name}-", literal=True))
-        if own.height:
-            runs[route] = open_run(own["path"][0])
+        named = done.filter(pl.col("run").str.contains(f"-{route}-{asked[route].data_name}-", literal=True))
+        described = redact(plain(describe(asked[route])))  # not a sweep's, or one with other seeds
+        same = (run for run in map(open_run, named["path"]) if run.read().get("experiment") == described)
+        found = next(same, None)
+        if found is not None:
+            runs[route] = found
     if not runs:
         console.print(f"\n{name}: no run is done")
         return

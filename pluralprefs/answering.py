@@ -84,6 +84,7 @@ class Scorer:
         self._one = run.load_user(users) if users and is_one_user(users) else None
         kept = set() if run.rows is None else set(np.unique(np.asarray(run.rows.user)).tolist())
         self._numbers = {name: at for at, name in enumerate(run.vocabulary.users) if at in kept}
+        self._homes = {name: self._home(at) for name, at in self._numbers.items()}
         self._seen = lru_cache(STATES_KEPT)(self._solve)
         self._prior = run.prior()
         self._pooled = bool(np.asarray(run.users.community_root).any())
@@ -139,6 +140,13 @@ class Scorer:
         known = self._pooled and question.community in self.run.vocabulary.communities
         return "", self._prior, "community" if known else "population"
 
+    def _home(self, number: int) -> str | None:
+        """The community that one of the run's own users departs from: that of most of their rows."""
+        assert self.run.rows is not None
+        community = np.asarray(self.run.rows.community)[np.asarray(self.run.rows.user) == number]
+        usual = int(np.bincount(community + 1).argmax()) - 1
+        return self.run.vocabulary.communities[usual] if usual >= 0 else None
+
     def _solve(self, name: str) -> UserPosterior:
         """The state of one of the run's own users, from the rows that the run kept."""
         rows, items, number = self.run.rows, self.run.items, self._numbers[name]
@@ -162,10 +170,11 @@ class Scorer:
         table = table.with_columns(content_ids(table[name]).alias(f"{name}_id") for name in table.columns)
         column = self.run.experiment.community
         named = pl.Series(column, communities, pl.Utf8)
-        if self._one is not None:  # this user departs from a community of their own
-            own = self._one.prior.partition(":")[2] or None
-            mine = [own if user == self._one.name else None for user in users]
-            named = named.zip_with(named.is_not_null(), pl.Series(mine, dtype=pl.Utf8))
+        # A user departs from a community of their own where the request names none.
+        homes = {name: home for name, home in self._homes.items() if name not in self._states}
+        if self._one is not None:
+            homes[self._one.name] = self._one.prior.partition(":")[2] or None
+        named = named.zip_with(named.is_not_null(), pl.Series([homes.get(user) for user in users], dtype=pl.Utf8))
         return table.with_columns(
             pl.Series("user_id", users, pl.Utf8), named.alias(column), tie=pl.lit(False), target=pl.lit(0.5),
             weight=pl.lit(1.0), annotator_id=pl.lit(None, pl.Utf8), source=pl.lit(None, pl.Utf8),

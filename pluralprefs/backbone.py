@@ -292,6 +292,8 @@ def _train(
         losses.append(float(metrics["loss"]))
         if done % batches.steps == 0:
             found = np.float32(np.inf if nats is None else nats(state.params))
+            if np.isnan(found):
+                raise FloatingPointError(f"validation nats are {found} after {done} steps: lower the learning rates")
             if nats is None or found < best["nats"]:
                 encoder = jax.tree.map(jnp.copy, state.params.encoder)
                 best = {"encoder": encoder, "nats": found, "epochs": np.int32(done // batches.steps)}

@@ -91,10 +91,10 @@ def train(
 
     mode = chosen(wandb)
     if resume:
-        if assignments or seeds is not None or only or root is not None or vmap is not None:
+        if assignments or seeds is not None or only or root is not None:
             raise ValueError("--resume goes on in the run's own folder with the recorded experiment: leave out --set, "
-                             "--seeds, --only, --vmap and --root")  # fmt: skip
-        _finish(launch.resume(find_run(source, RUNS).path, tell=say).folder, mode)
+                             "--seeds, --only and --root")  # fmt: skip
+        _finish(launch.resume(find_run(source, RUNS).path, tell=say, vmap=vmap).folder, mode)
         return
     experiments = _experiments(source, only, root or RUNS)
     for assignment in assignments or ():

@@ -267,7 +267,7 @@ def _trained(
         validation=take(found.rows, np.flatnonzero(cell == "validation")), pooled=experiment.users,
         users=len(found.vocabulary.users) if joint else 0, likelihood=experiment.likelihood,
         reduction=experiment.reduction, transform=experiment.transform,
-        checkpoints=keep and keep / "checkpoints" / "backbone", report=report,
+        checkpoints=keep and keep / "checkpoints" / f"backbone-{encoder.weights[:16]}", report=report,
     )  # fmt: skip
     if keep is not None:
         save_backbone(keep / BACKBONE, encoder, parameters)

@@ -97,8 +97,9 @@ def export(run: Run, out: str | Path, *, user: AdaptedUser | None = None, drop_i
     folder = find(name)
     with _new_folder(out) as place:
         renderer = _own_tokenizer(folder, encoder.renderer)
-        config = classification_config(folder, renderer.tokenizer.pad_token_id, encoder.dtype)
-        source = folder if run.experiment.backbone is None else merge(encoder).params  # trained: adapters merged
+        dtype = encoder.dtype if run.experiment.backbone is None else "float32"
+        config = classification_config(folder, renderer.tokenizer.pad_token_id, dtype)
+        source = folder if run.experiment.backbone is None else _merged(encoder)
         write_weights(place, source, config["model_type"], head.weight, words=config["vocab_size"])
         write_json(place / "config.json", config)
         renderer.tokenizer.save_pretrained(place)
@@ -206,6 +207,12 @@ def write_weights(
     if set(places.values()) != {"model.safetensors"}:
         index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(places.items()))}
         write_json(out / "model.safetensors.index.json", index)
+
+
+def _merged(encoder: CausalEncoder) -> Mapping[str, Any]:
+    """Parameters of an encoder that was trained, adapters in its weights: in float32, or they would be rounded away."""
+    wide = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), encoder.params)
+    return merge(encoder.replace(params=wide)).params
 
 
 def _own_tokenizer(folder: Path, renderer: Renderer) -> Renderer:

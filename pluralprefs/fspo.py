@@ -43,6 +43,7 @@ from pluralprefs.windows import Corpus, Drawn, Windows
 
 Report = Callable[[str, int, Mapping[str, float]], None]  # stage, steps done, metrics
 CALIBRATION = 4  # passes over the users held out for the temperatures
+PRIOR = 20  # judgements that the temperature of all numbers of shots is worth for each
 KNOTS = (0, 1, 2, 4, 8, 16)  # numbers of shots that have a temperature of their own, beside the most
 
 
@@ -187,15 +188,22 @@ def _train(
 
 def _tempered(policy: Policy, corpus: Corpus, held: Rows, drawn: Drawn, seed: int) -> Policy:
     """The policy with the inverse temperatures that serve users held out best, learned apart by number of shots."""
-    found = []
+    found: dict[int, tuple[np.ndarray, np.ndarray]] = {}  # by the shots that are really shown
     for count in [*(n for n in KNOTS if n < drawn.shots), drawn.shots]:
         asked, targets = [], []
         for draw in range(CALIBRATION):
             order = np.random.default_rng([seed, count, draw])
             for shown, wanted in zip(*episode_indices(order, held, count, drawn.queries, exactly=True), strict=True):
                 shots, rows = corpus.shots(take(held, shown[shown >= 0])), wanted[wanted >= 0]
-                asked += [corpus.asked(take(held, row), shots, corpus.description(held, row)) for row in rows]
+                # Without descriptions, as strangers have none: with them the model would seem surer than it is.
+                asked += [corpus.asked(take(held, row), shots) for row in rows]
                 targets += [float(held.target[row]) for row in rows]
-        factor = inverse_temperature(policy.log_odds(asked, batch_size=drawn.batch_size), np.array(targets))
-        found.append((count, float(factor)))
-    return replace(policy, temperatures=tuple(found))
+        if asked:
+            shown = round(float(np.mean([len(each.shots) for each in asked])))
+            found[shown] = policy.log_odds(asked, batch_size=drawn.batch_size), np.array(targets)
+    every = [np.concatenate(part) for part in zip(*found.values(), strict=True)]
+    pooled = np.log(inverse_temperature(*every))
+    shares = {count: len(targets) / (len(targets) + PRIOR) for count, (_, targets) in found.items()}
+    factors = {count: np.exp(shares[count] * np.log(inverse_temperature(*found[count])) + (1 - shares[count]) * pooled)
+               for count in sorted(found)}  # fmt: skip
+    return replace(policy, temperatures=tuple((count, float(factor)) for count, factor in factors.items()))

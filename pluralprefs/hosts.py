@@ -9,6 +9,7 @@ With one process every function here is the identity, and none needs to be asked
 
 from __future__ import annotations
 
+import hashlib
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -121,6 +122,26 @@ def gathered(values: np.ndarray, positions: np.ndarray, total: int) -> np.ndarra
     out = np.zeros((total, *values.shape[1:]), values.dtype)
     out[places[places >= 0]] = np.ascontiguousarray(rows[places >= 0]).view(values.dtype).reshape(-1, *values.shape[1:])
     return out
+
+
+def agreed(values: Any) -> Any:
+    """Process 0's numbers, on each: what decides how many steps are made may not differ by a last bit."""
+    if jax.process_count() == 1:
+        return values
+    from jax.experimental.multihost_utils import broadcast_one_to_all
+
+    return np.asarray(broadcast_one_to_all(np.asarray(values)))
+
+
+def require_same(text: str) -> None:
+    """Raise ValueError on every process where they do not all say the same."""
+    if jax.process_count() == 1:
+        return
+    from jax.experimental.multihost_utils import process_allgather
+
+    own = np.frombuffer(hashlib.blake2b(text.encode(), digest_size=16).digest(), np.int32)
+    if (np.asarray(process_allgather(own)) != own).any():
+        raise ValueError("the processes have different data or experiments: give all the same files and one command")
 
 
 def _placed(leaf: Any, place: NamedSharding) -> jax.Array:

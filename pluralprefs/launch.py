@@ -40,7 +40,7 @@ from pluralprefs.experiment import (
     support,
 )
 from pluralprefs.fitting import Fitted, take
-from pluralprefs.hosts import writes
+from pluralprefs.hosts import require_same, writes
 from pluralprefs.metrics import summarise
 from pluralprefs.profiles import SCHEMA, attribute_weights
 from pluralprefs.registry import RunFolder, create, open_run
@@ -83,12 +83,15 @@ def record(
     an accelerator only, since a CPU gains nothing by it. Families that infer users train a seed at a time all the same.
     """
     tell = tell or (lambda _: None)
+    if not writes():  # its folder is thrown away, and may outlive a process that is killed: no people in it
+        experiment = replace(experiment, save_users=False)
     if experiment.backbone and jax.process_count() > 1:
         raise ValueError("backbone: several processes do not train an encoder here; train it with one (`backbone.mesh` "
                          "takes all of its devices), or set backbone to None")  # fmt: skip
     found = indexed(experiment, table)
     # An encoder that is trained needs the folder for its checkpoints; a frozen one is refused before there is one.
     prepared = None if experiment.backbone else featured(experiment, found, progress=progress)
+    require_same(f"{fingerprint(found.table)} {describe(replace(experiment, save_users=False))}")
     for note in found.notes:
         tell(note)
     folder = create(
@@ -100,12 +103,15 @@ def record(
 
 
 def resume(
-    path: str | Path, *, progress: bool = True, tell: Tell | None = None, table: pl.DataFrame | None = None
-) -> Run:
+    path: str | Path, *, progress: bool = True, tell: Tell | None = None, table: pl.DataFrame | None = None,
+    vmap: bool | None = None,
+) -> Run:  # fmt: skip
     """Continue an interrupted or failed run in its own folder, and return it, loaded.
 
     Seeds that were fitted are kept; a seed that was being trained by gradient goes on from its last checkpoint and ends
-    as if nothing had happened. A run that is done is returned as it is. Raises DataError where the data have changed.
+    as if nothing had happened. A run that is done is returned as it is. `vmap=False` goes on with a seed at a time
+    where a run in one program failed: one seed's loss that is not finite stops all. Raises DataError where the data
+    have changed.
     """
     tell = tell or (lambda _: None)
     if jax.process_count() > 1:
@@ -114,6 +120,8 @@ def resume(
     if folder.status == "done":
         tell(f"{folder.path}: this run is done, there is nothing to resume")
         return load(folder.path)
+    if vmap is not None:
+        folder.update(vmap=vmap)
     content = folder.read()
     experiment = resolve(content["experiment"])
     kept = restore_source(folder.path)

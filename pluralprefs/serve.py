@@ -111,7 +111,9 @@ class Batcher:
         loop = asyncio.get_running_loop()
         try:
             answers = await loop.run_in_executor(self._thread, self.answer, [question for question, _ in taken])
-        except Exception as error:
+        except (asyncio.CancelledError, KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # panics of libraries are no Exception, and must not end the loop
             if len(taken) > 1:  # one of them is at fault: the others are answered
                 for each in taken:
                     await self._settle([each])
@@ -127,7 +129,7 @@ class Batcher:
                 future.set_result(answer)
 
 
-def _refusal(error: Exception) -> Refused:
+def _refusal(error: BaseException) -> Refused:
     """What a caller is told: a mistake of theirs in our words, anything else without particulars, which may be of
     somebody else. The log gets the place and the kind of the error, and no text."""
     if isinstance(error, ValueError):

@@ -32,7 +32,7 @@ from jaxtyping import Array, Float
 
 from pluralprefs.data.batches import epoch, steps_per_epoch
 from pluralprefs.fitting import Rows, initial_root, row_log_odds, solve_level, strangers, updated_root
-from pluralprefs.hosts import all_devices, everywhere, here, split_rows
+from pluralprefs.hosts import agreed, all_devices, everywhere, here, split_rows
 from pluralprefs.pooling import Base
 from pluralprefs.train import (
     CheckpointStore,
@@ -248,7 +248,7 @@ class Training:
         """A seed that has had its epochs keeps what it had, while others go on."""
         found = []
         for own, before, epochs in zip(unstacked(params, len(best)), best, self.epochs, strict=True):
-            nats = 0.0 if self.nats is None or done > epochs else self.nats(own)
+            nats = 0.0 if self.nats is None or done > epochs else float(agreed(self.nats(own)))
             if done > epochs or (self.nats is not None and not nats < before.nats):
                 found.append(before)
             else:
@@ -318,7 +318,7 @@ def _learn_strength(params: Params, rows: Rows, *, items: Item, users: int) -> P
     table = Users.init(params.model, users=0, communities=0).replace(population=params.users.population)
     unit = np.asarray(rows.user)
     moments = solve_level(params.model, table, items, strangers(rows), unit, users, root)
-    new = updated_root(root, moments, tuple(names))
+    new = agreed(updated_root(root, moments, tuple(names)))
     return params.replace(users=params.users.replace(user_root=jnp.where(new > 0, jnp.maximum(new, 1e-3), 1.0)))
 
 

@@ -27,7 +27,7 @@ from pluralprefs.describe import override
 from pluralprefs.encoders.cache import encode_texts
 from pluralprefs.encoders.decoder_weights import read_decoder, stored_parameters
 from pluralprefs.encoders.features import Features
-from pluralprefs.encoders.lora import Lora, attach
+from pluralprefs.encoders.lora import Lora, attach, merge
 from pluralprefs.encoders.tokens import Renderer, Text
 from pluralprefs.experiment import FAMILIES, Experiment
 from pluralprefs.export import ARCHITECTURES, ExportError, export, fold, why_not, write_weights
@@ -119,6 +119,16 @@ def test_an_encoder_that_was_trained_is_exported_with_its_adapters_merged(made, 
     expected = said_here(run, user, table)
     np.testing.assert_allclose(embedding @ head[0] + fold(run, user).constant, expected, atol=1e-4)
     assert np.abs(expected - said_here(frozen, user, table)).max() > 0.01
+    # Frozen weights may be narrow; what was learned beside them is not rounded to them.
+    part = lambda path, leaf: leaf if "dot_general" in str(path) else leaf.astype(jnp.bfloat16)  # noqa: E731
+    narrow = encoder.replace(params=jax.tree_util.tree_map_with_path(part, encoder.params))
+    written = everything(export(replace(run, encoder=narrow), tmp_path / "narrow", user=user))
+    assert {value.dtype.name for value in written.values()} == {"float32"}
+    wide = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), narrow.params)
+    [kernel] = [value for name, value in written.items() if name.endswith("layers.0.self_attn.q_proj.weight")]
+    expected = merge(narrow.replace(params=wide)).params["layers"][0]["query"]["kernel"]
+    np.testing.assert_array_equal(kernel.T, expected)
+    assert (np.asarray(jnp.asarray(kernel.T).astype(jnp.bfloat16), np.float32) != kernel.T).any()
 
 
 @pytest.mark.parametrize(

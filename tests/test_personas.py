@@ -403,6 +403,21 @@ def test_a_description_is_refined_until_it_decides_or_no_round_helps():
     assert once.rounds["round"].max() == 1
 
 
+def test_a_description_that_makes_most_pairs_unreadable_is_not_better():
+    ten = pair_table(*((str(number), "a", "b") for number in range(10)))
+
+    def reply(task):
+        if isinstance(task, Refine):
+            return Answer(text="mumbles")
+        if task.person == "mumbles" and task.question != "0":
+            return Answer()
+        return decides(replace(task, person="knows 6"))
+
+    found = refine(people(ana="knows 6"), ten, Passes(Scripted(reply), options=QUIET), enough=0.9)
+    assert found.people["description"].to_list() == ["knows 6"]
+    assert found.rounds.select("readable", "decided", "taken").rows() == [(10, 0.6, True), (1, 1.0, False)]
+
+
 def test_a_refinement_that_cannot_be_read_changes_nothing():
     reply = lambda task: Answer() if isinstance(task, Refine) else Answer(verdict="first")  # noqa: E731
     found = refine(people(ana="knows 3"), PAIRS, Passes(Scripted(reply), options=QUIET))

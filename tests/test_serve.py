@@ -39,7 +39,7 @@ def kept(tmp_path_factory):
     """A run that kept the rows of three users, and their states."""
     folder = tmp_path_factory.mktemp("serve")
     made = decoder_run(copied("llama", folder / "llama"), folder / "runs", joint=True)
-    said = word_pairs(18, seed=3, users=3)
+    said = word_pairs(18, seed=3, users=3, community_id=lambda row: "b" if row % 3 == 1 else "a")
     made = replace(made, vocabulary=made.vocabulary._replace(users=tuple(sorted(set(said["user_id"])))))
     items, rows = made.arrays(said)
     known = adapt_units(made.model, made.users, items, rows, np.asarray(rows.user))
@@ -126,6 +126,12 @@ def test_an_answer_is_that_of_the_run_and_says_whose_state_it_was(user, communit
     found = post(client, "/score", {"prompt": "a b ?", "responses": responses, "user": user, "community": community})
     run, known = kept
     own = {run.vocabulary.users[number]: state for number, state in known.items()}
+    if source == "seen" and community is None:  # who departs from the community that most of their rows name
+        mine = run.rows.community[run.rows.user == run.vocabulary.users.index(run.known_as(user))]
+        community = run.vocabulary.communities[np.bincount(mine).argmax()]
+        assert not compared(run, "a b ?", responses, states[1] | own, user).equals(
+            compared(run, "a b ?", responses, states[1] | own, user, community)
+        )
     expected = compared(run, "a b ?", responses, states[1] | own, user, community)
     assert expected["user_source"][0] == ("adapted" if source == "seen" else source)
     assert found.pop("user_source") == source
@@ -237,6 +243,10 @@ def test_texts_are_not_kept_in_the_feature_cache(scorer, run, tmp_path, monkeypa
 # --- what waits, and what does not
 
 
+class Panic(BaseException):
+    """As libraries in Rust raise: no Exception."""
+
+
 class Slow:
     """Answers with the response's own number; a call holds until it is let go."""
 
@@ -251,6 +261,8 @@ class Slow:
             raise ValueError("no coffee\nhere")
         if any("secret" in question.responses for question in questions):
             raise RuntimeError("what ana said")
+        if any("panic" in question.responses for question in questions):
+            raise Panic("what ana said")
         return [Answer([float(question.prompt or 0)], [], [], [], "population") for question in questions]
 
     def info(self):
@@ -295,7 +307,10 @@ def test_a_question_that_fails_fails_alone_and_the_log_holds_no_text(caplog):
     with served(slow, wait=0.2) as client, ThreadPoolExecutor(3) as pool, caplog.at_level(logging.DEBUG):
         asked = [(1, "tea", 200), (2, "coffee", 422), (3, "secret", 500)]
         found = list(pool.map(lambda each: reward_of(client, *each), asked))
+        panicked, after = reward_of(client, 4, "panic", 500), reward_of(client, 5)
     assert found[0]["rewards"] == [1.0]
+    assert "ana" not in str(panicked)
+    assert after["rewards"] == [5.0]
     assert found[1] == {"error": "no coffee here"}
     assert "ana" not in str(found[2])
     assert 3 in slow.sizes  # all in one call at first

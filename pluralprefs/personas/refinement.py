@@ -42,6 +42,11 @@ class _Tried(NamedTuple):
     decided: float | None  # null where nothing could be read
     disputes: tuple[Pair, ...]
 
+    @property
+    def settled(self) -> int:
+        """Pairs that it decides: of those that it makes unreadable, none."""
+        return self.readable - len(self.disputes)
+
 
 def refine(
     people: pl.DataFrame,
@@ -60,12 +65,12 @@ def refine(
     rows = [_row(name, 0, tried, pairs, True) for name, tried in best.items()]
     open_ = list(best)
     for number in range(1, rounds + 1):
-        open_ = [name for name in open_ if best[name].disputes and (best[name].decided or 0.0) < enough]
+        open_ = [name for name in open_ if best[name].disputes and best[name].settled < enough * pairs.height]
         tasks = [Refine(best[name].description, best[name].disputes[:DISPUTES]) for name in open_]
         answers = list(passes.ask(tasks, len(tasks)))
         new = {name: answer.text for name, answer in zip(open_, answers, strict=True) if answer.text}
         found = dict(zip(new, _tried(list(new.values()), pairs, passes), strict=True))
-        better = {name: tried for name, tried in found.items() if (tried.decided or 0.0) > (best[name].decided or 0.0)}
+        better = {name: tried for name, tried in found.items() if tried.settled > best[name].settled}
         rows += [_row(name, number, tried, pairs, name in better) for name, tried in found.items()]
         best |= better
         open_ = list(better)
