@@ -10,20 +10,20 @@ posterior predictive is the best that anybody can do. 400 users with 24 comparis
 on. The decoder, which knows no language, first reads windows of training users as plain text; then come the two stages
 of `pluralprefs.fspo`.
 
-Result (2026-11-22, 256 s of processor time on 2 CPU cores that many jobs shared; ONE seed, 0; 95 % intervals over 72
-unseen users; accuracy in points, NLL):
+Result (2026-11-22, 144 s on 2 CPU cores with nothing else running; ONE seed, 0; 95 % intervals over 72 unseen users;
+accuracy in points, NLL):
 
     shots   fspo                       best possible
-    0       45.5 [37.4, 54.2]; 0.759   45.1 [39.3, 51.3]; 0.693
-    2       75.6 [70.9, 80.1]; 0.484   68.2 [64.3, 72.6]; 0.467
-    4       85.5 [81.6, 89.3]; 0.352   81.8 [77.7, 85.5]; 0.329
-    8       89.1 [85.1, 92.8]; 0.311   91.5 [88.0, 94.6]; 0.223
+    0       45.5 [37.4, 54.2]; 0.693   45.1 [39.3, 51.3]; 0.693
+    2       75.6 [70.9, 80.1]; 0.487   68.2 [64.3, 72.6]; 0.467
+    4       85.5 [81.6, 89.3]; 0.348   81.8 [77.7, 85.5]; 0.329
+    8       89.1 [85.1, 92.8]; 0.310   91.5 [88.0, 94.6]; 0.223
     8, another user's shots: 33.6 [24.5, 43.4] points fewer; labels of the shots reversed: 86.4 % [83.3, 89.6] of the
     sides reverse (92.6 % of the best possible's, which leaves the others at 0: aspects not shown, or shown both ways)
 
 The best possible leaves an aspect that no shot showed at 0, which counts one half; the decoder guesses and was right
-more often in this draw. Its NLL is above the best. **Negative**: without shots it is 0.759, worse than log 2:
-one temperature for all numbers of shots leaves noise too sure there. A first try (four aspects, 9 times in 10, 300
+more often in this draw. Its NLL is above the best. With one temperature for all numbers of shots it was 0.759 without
+shots, worse than log 2; each has its own since. A first try (four aspects, 9 times in 10, 300
 users, fewer steps, seed 0): 50.3, 59.9, 67.4, 74.0 points at 0, 2, 4, 8 shots where 47.5, 61.1, 70.9, 81.7 were
 possible, flip rate 69.3 % of 82.5 %.
 
