@@ -13,10 +13,10 @@ of 60 users, 1,500 pairs a cell; accuracy [95 % over users]; nats.
 length only           70.0 [65.8, 74.3]; 0.597     66.7 [62.5, 71.5]; 0.609
 attention, frozen     64.8 [62.2, 67.4]; 0.645     59.5 [56.8, 62.6]; 0.802
 attention, trained    71.7 [68.2, 75.2]; 0.620     57.1 [54.5, 59.6]; 0.729
-On pairs of known prompts the trained encoder beats the frozen one, in accuracy and nats. On new prompts it does not in
-accuracy, and both are worse than a coin in nats: a random model that has met 13 debates does not generalise to others.
-Length alone has better nats than either in both cells. Its best epoch was the second of eight. The arms of adapters, of
-ideal directions and of MiniLM were not run.
+On pairs of known prompts the trained encoder beats the frozen one, in accuracy and nats. On new prompts it does not
+in accuracy, and both are worse than a coin in nats: why was not looked into. Length alone has better nats than either
+in both cells. The trained encoder's best epoch was the second of eight. The arms of adapters, of ideal directions and
+of MiniLM were not run.
 """
 
 from __future__ import annotations

@@ -50,6 +50,17 @@ class Question(NamedTuple):
         """Comparisons of the first response with the others; one response is compared with itself."""
         return max(len(self.responses) - 1, 1)
 
+    @property
+    def characters(self) -> int:
+        """Of the comparisons, each of which repeats the prompt and the first response."""
+        first, *others = map(_length, self.responses)
+        return self.rows * (_length(self.prompt) + first) + (sum(others) if others else first)
+
+
+def _length(text: Text) -> int:
+    """Characters of a text or of a message list."""
+    return len(text or "") if isinstance(text, str | None) else sum(len(str(part)) for part in text)
+
 
 class Answer(NamedTuple):
     """`rewards` of all responses; of the first against each other one P(first), log-odds and standard deviation."""

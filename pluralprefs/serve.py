@@ -41,12 +41,16 @@ class Refused(Exception):
 
 @dataclass(frozen=True)
 class Limits:
-    """batch: rows of one call. queue: rows that may wait. wait: seconds for company. body: bytes of a request."""
+    """batch: rows of one call. queue: rows that may wait. wait: seconds for company. body: bytes of a request.
+
+    text: characters that may wait, a prompt counted once a comparison, since each repeats it.
+    """
 
     batch: int = 256
     queue: int = 4096
     wait: float = 0.005
     body: int = 8 * 2**20
+    text: int = 64 * 2**20
 
     def __post_init__(self) -> None:
         if min(self.batch, self.queue - self.batch + 1, self.body) < 1 or not 0 <= self.wait <= 60:
@@ -60,7 +64,7 @@ class Batcher:
         self.answer, self.limits = answer, limits
         self.calls = self.answered = 0
         self._waiting: deque[tuple[Question, asyncio.Future[Answer]]] = deque()
-        self._rows = 0
+        self._rows = self._text = 0
         self._arrived = asyncio.Event()
         self._thread = ThreadPoolExecutor(1, "scoring")
 
@@ -71,12 +75,17 @@ class Batcher:
         if longest > self.limits.batch or rows > self.limits.queue:
             raise Refused(413, f"{rows} comparisons in one request: the server takes {self.limits.batch} of one prompt "
                                f"and {self.limits.queue} in all; send fewer")  # fmt: skip
-        if self._rows + rows > self.limits.queue:
+        text = sum(question.characters for question in questions)
+        if text > self.limits.text:
+            raise Refused(413, f"{text} characters in one request, its prompt once a comparison: the server takes "
+                               f"{self.limits.text}; send fewer responses or less text")  # fmt: skip
+        if self._rows + rows > self.limits.queue or self._text + text > self.limits.text:
             raise Refused(503, "the queue is full; come again in a second")
         loop = asyncio.get_running_loop()
         futures = [loop.create_future() for _ in questions]
         self._waiting.extend(zip(questions, futures, strict=True))
         self._rows += rows
+        self._text += text
         self._arrived.set()
         return await asyncio.gather(*futures)
 
@@ -102,6 +111,7 @@ class Batcher:
         while self._waiting and rows + self._waiting[0][0].rows <= self.limits.batch:
             question, future = self._waiting.popleft()
             self._rows -= question.rows
+            self._text -= question.characters
             if not future.done():
                 taken.append((question, future))
                 rows += question.rows
