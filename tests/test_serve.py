@@ -329,12 +329,12 @@ def test_more_than_a_call_or_the_queue_takes_is_refused_and_who_left_is_not_scor
             await batcher.ask([Question("1", ("tea",) * 5)])
         small = Batcher(slow, Limits(batch=3, queue=4, wait=0.0, text=20))
         with pytest.raises(Refused, match="21 characters in one request"):  # 3 x (3 + 3) and 3 x 1
-            await small.ask([Question("abc", ("tea", "x", "y", "z"))])
+            await asyncio.wait_for(small.ask([Question("abc", ("tea", "x", "y", "z"))]), 5)
         slow.go.clear()
         waiting = asyncio.create_task(small.ask([Question("abc", ("tea", "x", "y"))]))
         await asyncio.sleep(0)
         with pytest.raises(Refused, match="queue is full"):
-            await small.ask([Question("abc", ("tea",))])
+            await asyncio.wait_for(small.ask([Question("abc", ("tea",))]), 5)
         waiting.cancel()
         work = asyncio.create_task(batcher.work())
         first = asyncio.create_task(batcher.ask([Question("1", ("tea",))]))
