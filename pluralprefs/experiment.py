@@ -476,7 +476,7 @@ def baseline_predictions(table: pl.DataFrame, seed: int) -> pl.DataFrame:
     """The baselines that every table carries: majority of other users, length only, artefact probe."""
     test = table.filter(pl.col("cell").is_in([*SEEN, *UNSEEN]))
     train = table.filter(pl.col("cell").is_in(FINAL))
-    tested = table["cell"].is_in(test["cell"].unique().implode()).to_numpy()
+    tested = table["cell"].is_in(test["cell"].unique().implode()).fill_null(value=False).to_numpy()
     majority = majority_of_others(table)[tested]
     found = {
         "majority of others (oracle)": majority,

@@ -208,6 +208,15 @@ def test_a_run_that_is_done_is_returned_as_it_is(whole):
     assert "nothing to resume" in told[0]
 
 
+def test_pairs_across_a_split_by_item_belong_to_no_cell(tmp_path):
+    data = write(tmp_path / "data.jsonl", users=10)
+    found = run(experiment(data, split={"by": "item"}, epochs=1, seeds=(0,)), root=tmp_path / "runs", progress=False)
+    rows = found.folder.table("predictions")
+    assert rows["cell"].null_count() == 0
+    kept = rows.filter(pl.col("model") == "length only", pl.col("cell") == "seen/testpair")
+    assert 0 < kept.height < rows.height
+
+
 def test_changed_data_are_not_mixed_with_what_was_fitted(tmp_path, monkeypatch):
     data = write(tmp_path / "data.jsonl")
     linear = {"model": partial(BradleyTerry.init, item_effects=False), "seeds": (0,)}
