@@ -44,10 +44,21 @@ from pluralprefs.newton import (
     row_nats,
     row_sums,
 )
-from pluralprefs.types import Comparisons, Covariance, InfersUser, Item, LinearInUser, RewardModel, User, UserPosterior
+from pluralprefs.types import (
+    Comparisons,
+    Covariance,
+    InfersUser,
+    Item,
+    LinearInUser,
+    ReducesItems,
+    RewardModel,
+    User,
+    UserPosterior,
+)
 from pluralprefs.users import Deviation, Users, apply_root, deviating_log_odds, gather, neutral, ravel
 
 CHUNK = 1024  # rows at once in `solve_many`
+FORWARD = 8  # coordinates of a state up to which slopes are taken forwards, one pass a coordinate
 
 
 def laplace_user(
@@ -81,15 +92,22 @@ def solve_rows(
     def values(beta: Vector) -> Float[Array, " rows"]:
         return jax.vmap(partial(value, beta))(support, *known)
 
+    n, size = support.target.shape[0], neutral_size(model)
+
     def slopes(beta: Vector) -> Float[Array, "rows size"]:
+        if size <= FORWARD:  # what the state alone decides, such as an ideal point, has its derivatives once
+            return jax.jacfwd(values)(beta)
         return jax.vmap(partial(jax.grad(value), beta))(support, *known)
 
-    n, size = support.target.shape[0], neutral_size(model)
+    if isinstance(model, LinearInUser):
+        at_zero, slope = values(jnp.zeros(size)), slopes(jnp.zeros(size))  # once, not in every step
+        values, slopes = lambda beta: at_zero + slope @ beta, lambda beta: slope
     if n > size:
         return newton_by_coordinates(values, slopes, support, size, steps=steps, rounds=rounds)
     none = jnp.zeros(n)
     rows = Judgements(jnp.arange(n), jnp.full(n, -1), none, none, support.target, support.weight)
-    return newton(values, slopes, rows, size, steps=steps, rounds=rounds)
+    jacobian = slopes(jnp.zeros(size)) if isinstance(model, LinearInUser) else slopes
+    return newton(values, jacobian, rows, size, steps=steps, rounds=rounds)
 
 
 def solve_items(
@@ -149,6 +167,16 @@ def solve_many(
 
     sums = over_chunks(row_sums, (jnp.zeros(size), jnp.zeros((size, size))))
     return by_coordinates(sums, over_chunks(row_nats, jnp.zeros(())), size, steps, rounds)
+
+
+def reduced(model: Any, items: Item) -> tuple[Any, Item]:
+    """The model and the items of a table with what no user changes computed, where the family can (`ReducesItems`)."""
+    return _reduced(model, items) if isinstance(model, ReducesItems) else (model, items)
+
+
+@jax.jit
+def _reduced(model: ReducesItems, items: Item) -> tuple[ReducesItems, Item]:
+    return model.reduced(items)
 
 
 def latent_features(model: LinearInUser, items: Item) -> Float[Array, "items size"]:

@@ -24,6 +24,7 @@ from pluralprefs.adapt import (
     neutral_size,
     predict,
     predict_jointly,
+    reduced,
     solve_items,
 )
 from pluralprefs.blas import one_blas_thread
@@ -88,6 +89,7 @@ def adapt_and_predict(
     mean, variance = np.zeros(len(query_unit)), np.zeros(len(query_unit))
     query, support = strangers(query), strangers(support)
     adapter = route(model, adapter)
+    model, items = reduced(model, items)
     linear = isinstance(model, LinearInUser) and adapter is laplace_user
     solve = _LinearRoute(model, users, items, support, query) if linear else _AnyRoute(model, users, items, adapter)
     order = np.argsort(query_unit, kind="stable")
@@ -206,6 +208,7 @@ def adapt_rectangles(
 ) -> Iterator[tuple[np.ndarray, UserPosterior]]:  # fmt: skip
     """Yield units [u] and their posteriors, stacked as NumPy arrays [u, ...]: what a million users are kept as."""
     support, adapter = strangers(support), route(model, adapter)
+    model, items = reduced(model, items)
     for units, index in buckets(unit, 4 * neutral_size(model)):
         posterior = jax.device_get(_adapt(model, users, items, padded(support, index), adapter))
         yield units, take(posterior, slice(len(units)))

@@ -28,7 +28,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from pluralprefs.adapt import solve_items, solve_many, solve_rows
+from pluralprefs.adapt import reduced, solve_items, solve_many, solve_rows
 from pluralprefs.blas import one_blas_thread
 from pluralprefs.newton import ROUNDS, Judgements, Solution
 from pluralprefs.types import Comparisons, Item, LinearInUser, RewardModel
@@ -258,6 +258,7 @@ def solve_level(
     mean, variance = np.zeros((count, size), np.float32), np.ones((count, size), np.float32)
     covariance, evidence = np.zeros((size, size)), 0.0
     sizes = np.bincount(unit[unit >= 0], minlength=count)
+    model, items = reduced(model, items)
     linear = isinstance(model, LinearInUser)
     large = (sizes > LARGE) if linear else np.zeros(count, bool)
     fixed = row_log_odds(model, users, items, rows.replace(user=np.full_like(rows.user, -1))) if linear else np.zeros(0)

@@ -47,7 +47,7 @@ class Judgements:
 class Solution(NamedTuple):
     """Posterior of a whitened deviation.
 
-    mean        [size]; the mode after no rounds of moments
+    mean        [size], or [latents] on the way to it (see `newton`); the mode after no rounds of moments
     jacobian    [latents, size] derivatives of the latent values, a, where the last round took them; where latents are
                 not fewer than coordinates, the coordinates are the latents and it is the identity
     precision   [latents, latents] M = (C^-1 + a a')^-1, C the (expected) curvature of minus the log-likelihood in the
@@ -55,7 +55,7 @@ class Solution(NamedTuple):
     evidence    lower bound of the log evidence, nats; Laplace's after no rounds
     """
 
-    mean: Float[Array, " size"]
+    mean: Float[Array, " unknowns"]
     jacobian: Float[Array, "latents size"]
     precision: Float[Array, "latents latents"]
     evidence: Float[Array, ""]
@@ -82,45 +82,56 @@ def newton(
     constant = None if callable(jacobian) else jacobian
     gram = None if constant is None else _gram(constant)
     at = jacobian if callable(jacobian) else lambda _: jacobian
+    # With a constant jacobian a and fewer latent values than coordinates, a deviation is a' x and all is told by a a'.
+    zero = values(jnp.zeros(size))
+    inside = values if gram is None else lambda x: zero + gram @ x
+    along = (lambda a, x: a @ x) if gram is None else lambda _, x: gram @ x
+    square = (lambda x: x @ x) if gram is None else lambda x: x @ (gram @ x)
 
-    def objective(beta: Vector) -> Float[Array, ""]:
-        return jnp.sum(_nats(_logits(values(beta), rows), rows)) + 0.5 * beta @ beta
+    def objective(x: Vector) -> Float[Array, ""]:
+        return jnp.sum(_nats(_logits(inside(x), rows), rows)) + 0.5 * square(x)
 
-    def propose(beta: Vector) -> Vector:
-        a = at(beta)
-        gradient, curvature = _curvature(_logits(values(beta), rows), rows, a.shape[0])
-        return _solve(a, gram, curvature, curvature @ (a @ beta) + gradient)
+    def propose(x: Vector) -> Vector:
+        a = at(x)
+        gradient, curvature = _curvature(_logits(inside(x), rows), rows, a.shape[0])
+        return _solve(a, gram, curvature, curvature @ along(a, x) + gradient)
 
-    mean = _descend(propose, jax.vmap(objective), size, steps)
+    def lifted(found: Solution) -> Solution:
+        return found if gram is None or constant is None else found._replace(mean=constant.T @ found.mean)
+
+    latents = jax.eval_shape(at, jnp.zeros(size)).shape[0]
+    mean = _descend(propose, jax.vmap(objective), square, size if gram is None else latents, steps)
     if not rounds:
         a = at(mean)
-        gradient, curvature = _curvature(_logits(values(mean), rows), rows, a.shape[0])
+        gradient, curvature = _curvature(_logits(inside(mean), rows), rows, a.shape[0])
         _, _, shape, determinant = _posterior(a, gram, curvature, gradient)
-        return Solution(mean, *shape, -objective(mean) - 0.5 * determinant)
+        return lifted(Solution(mean, *shape, -objective(mean) - 0.5 * determinant))
 
     def bound(mean: Vector, covariance: Array, curvature: Array, determinant: Array) -> Array:
-        logits, deviation = _logits(values(mean), rows), jnp.sqrt(_row_variance(covariance, rows))
+        logits, deviation = _logits(inside(mean), rows), jnp.sqrt(_row_variance(covariance, rows))
         nats = _MASSES @ jax.vmap(lambda node: _nats(logits + node * deviation, rows))(_NODES)
         known = jnp.sum(curvature * covariance)  # size minus the trace of the whitened covariance
-        return -jnp.sum(nats) - 0.5 * (mean @ mean - known + determinant)
+        return -jnp.sum(nats) - 0.5 * (square(mean) - known + determinant)
 
     def again(mean: Vector, covariance: Array, moved: Array) -> tuple[Solution, Array]:
         a, spread = at(mean), _row_variance(covariance, rows)
-        gradient, curvature = _curvature(_logits(values(mean), rows), rows, a.shape[0], spread)
-        target = curvature @ (a @ mean) + gradient
+        gradient, curvature = _curvature(_logits(inside(mean), rows), rows, a.shape[0], spread)
+        target = curvature @ along(a, mean) + gradient
         settled, covariance, shape, determinant = _posterior(a, gram, curvature, target)
         mean = jnp.where(moved, settled, mean)
         return Solution(mean, *shape, bound(mean, covariance, curvature, determinant)), covariance
 
-    latents = jax.eval_shape(at, mean).shape[0]
-    return _rounds(again, mean, latents, rounds)
+    return lifted(_rounds(again, mean, latents, rounds))
 
 
 def _descend(
     propose: Callable[[Vector], Vector], objectives: Callable[[Float[Array, "trials size"]], Float[Array, " trials"]],
-    size: int, steps: int,
+    square: Callable[[Vector], Float[Array, ""]], size: int, steps: int,
 ) -> Vector:  # fmt: skip
-    """Go from zero to the mode by steps that never raise the objective; of equally good ones by the longest."""
+    """Go from zero to the mode by steps that never raise the objective; of equally good ones by the longest.
+
+    `square` is the squared length of the deviation that a vector stands for.
+    """
 
     def step(carry: tuple) -> tuple:
         i, beta, _ = carry
@@ -128,7 +139,7 @@ def _descend(
         trials = jnp.stack([beta + t * (proposal - beta) for t in LENGTHS] + [beta])
         found = jnp.nan_to_num(objectives(trials), nan=jnp.inf)
         new = trials[jnp.argmax(found <= jnp.min(found) + _rounding(found[-1]))]
-        return i + 1, new, jnp.max(jnp.abs(new - beta))
+        return i + 1, new, jnp.sqrt(square(new - beta))
 
     carry = (0, jnp.zeros(size), jnp.asarray(jnp.inf))
     return jax.lax.while_loop(lambda carry: (carry[0] < steps) & (carry[2] > 1e-4), step, carry)[1]
@@ -169,22 +180,28 @@ def _rounding(nats: Float[Array, ""]) -> Float[Array, ""]:
 
 
 def _posterior(
-    a: Float[Array, "latents size"], gram: Array | None, curvature: Float[Array, "latents latents"],
+    a: Float[Array, "latents size"],
+    gram: Array | None,
+    curvature: Float[Array, "latents latents"],
     target: Float[Array, " latents"],
-) -> tuple[Vector, Float[Array, "latents latents"], tuple[Array, Array], Float[Array, ""]]:  # fmt: skip
+) -> tuple[Float[Array, " unknowns"], Float[Array, "latents latents"], tuple[Array, Array], Float[Array, ""]]:
     """Solve (I + a' C a) x = a' target; return x, covariance of the latent values, jacobian and M, and log det.
+
+    With the gram matrix at hand: the y of x = a' y instead.
 
     All from one factorisation and one solve: batched solves that run at once wait for each other's threads and hang on
     CPU (jax 0.10; as many solves as cores), so no two in this module are independent of each other. Nothing large is
     subtracted from anything large, so that a wide prior or many rows cost no digits.
     """
     latents, size = a.shape
+    known = gram is not None
     factors = jax.scipy.linalg.lu_factor(_inner(a, gram, curvature))
     determinant = jnp.sum(jnp.log(jnp.abs(jnp.diagonal(factors[0]))))
     inverse = jax.scipy.linalg.lu_solve(factors, jnp.eye(min(latents, size)))
     if latents < size:
         gram = a @ a.T if gram is None else gram
-        return a.T @ (inverse @ target), gram @ inverse, (a, inverse @ curvature), determinant
+        x = inverse @ target if known else a.T @ (inverse @ target)
+        return x, gram @ inverse, (a, inverse @ curvature), determinant
     eye = jnp.eye(size)
     return inverse @ (a.T @ target), a @ inverse @ a.T, (eye, eye - inverse), determinant
 
@@ -215,11 +232,15 @@ def _inner(a: Float[Array, "latents size"], gram: Array | None, curvature: Float
 
 def _solve(
     a: Float[Array, "latents size"], gram: Array | None, curvature: Array, target: Float[Array, " latents"]
-) -> Vector:
-    """Solve (I + a' curvature a) x = a' target through the smaller of its two systems."""
+) -> Float[Array, " unknowns"]:
+    """Solve (I + a' curvature a) x = a' target through the smaller of its two systems.
+
+    With the gram matrix at hand: the y of x = a' y instead.
+    """
     inner = _inner(a, gram, curvature)
     if a.shape[0] < a.shape[1]:
-        return a.T @ jnp.linalg.solve(inner, target)
+        solved = jnp.linalg.solve(inner, target)
+        return solved if gram is not None else a.T @ solved
     return jnp.linalg.solve(inner, a.T @ target)  # not by Cholesky: inside this loop it can deadlock on CPU (jax 0.10)
 
 
@@ -326,7 +347,8 @@ def by_coordinates(
     def solution(mean: Vector, covariance: Array, evidence: Array) -> Solution:
         return Solution(mean, jnp.eye(size), jnp.eye(size) - covariance, evidence)
 
-    mean = _descend(propose, partial(jax.lax.map, lambda b: nats(b, None) + 0.5 * b @ b), size, steps)
+    objectives = partial(jax.lax.map, lambda b: nats(b, None) + 0.5 * b @ b)
+    mean = _descend(propose, objectives, lambda b: b @ b, size, steps)
     if not rounds:
         _, covariance, determinant = settle(mean, None)
         return solution(mean, covariance, -nats(mean, None) - 0.5 * (mean @ mean + determinant))

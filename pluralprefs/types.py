@@ -151,6 +151,15 @@ class LinearInUser(RewardModel, ScalarReward, Protocol):
 
 
 @runtime_checkable
+class ReducesItems(RewardModel, Protocol):
+    """Capability: what of an item no user changes is computed once, before users are fitted to it."""
+
+    def reduced(self, items: Item) -> tuple[Self, Item]:
+        """Return a model and items [n, ...] with the same log-odds for every user. A second time changes nothing."""
+        ...
+
+
+@runtime_checkable
 class InfersUser(RewardModel, Protocol):
     """Capability: a user is a function of shots, learned over many users, and not a state that is fitted.
 

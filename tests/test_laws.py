@@ -8,9 +8,10 @@ from families import FAMILIES, INFERRING, items, pick, rows, user
 
 from pluralprefs.adapt import fit_user, laplace_user
 from pluralprefs.likelihoods import Logistic
+from pluralprefs.models.ideal_point import IdealDirection
 from pluralprefs.models.meta_reward import MetaReward
 from pluralprefs.train import episode_loss
-from pluralprefs.types import Episode, InfersUser, Params, ScalarReward
+from pluralprefs.types import Episode, InfersUser, Params, ReducesItems, ScalarReward
 from pluralprefs.users import Users, gather, log_odds, ravel
 
 VARIANTS = ("bradley_terry_mlp", "low_rank_mlp", "pal_a_squared", "prefpalette")  # of families that are there too
@@ -40,6 +41,22 @@ def test_scalar_log_odds_are_a_difference_of_rewards(model):
     x, u = items(3), user(model, 4)
     a, b, c = (model.log_odds(u, pick(x, i), pick(x, j)) for i, j in ((0, 1), (1, 2), (0, 2)))
     np.testing.assert_allclose(a + b, c, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("prompt", [True, False])
+def test_reduced_items_have_the_same_log_odds_for_every_user(model, prompt):
+    if not isinstance(model, ReducesItems):
+        pytest.skip("reduces no items")
+    if not prompt and isinstance(model, IdealDirection):
+        model = IdealDirection.init(key=jax.random.key(0), dim=4, prototypes=2, point=5)
+    x = items(3, prompt=prompt)
+    smaller, less = model.reduced(x)
+    again, same = smaller.reduced(less)
+    for u in (user(model, 4), user(model, 5)):
+        expected = [float(model.log_odds(u, pick(x, i), pick(x, i + 1))) for i in range(4)]
+        for one, of in ((smaller, less), (again, same)):
+            found = [float(one.log_odds(u, pick(of, i), pick(of, i + 1))) for i in range(4)]
+            np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_jit_and_vmap_change_nothing(model):

@@ -12,6 +12,7 @@ constant, so that each prototype is one learned direction.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, Self
 
 import jax
@@ -19,7 +20,7 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Float
 
-from pluralprefs.models.layers import Weights, cosine, init_mlp, mlp, safe_norm
+from pluralprefs.models.layers import Weights, cosine, init_mlp, mlp, mlp_after_kernel, safe_norm
 from pluralprefs.types import Item, Key
 
 
@@ -31,6 +32,7 @@ class IdealPoint:
     points: Float[Array, "prototypes dim"]
     log_scale: Float[Array, ""]
     squared: bool = struct.field(pytree_node=False, default=False)
+    is_reduced: bool = struct.field(pytree_node=False, default=False)
 
     @classmethod
     def init(
@@ -52,12 +54,22 @@ class IdealPoint:
 
     def reward(self, user: Float[Array, " prototypes"], item: Item) -> Float[Array, ""]:
         """Minus the distance from the user's ideal point."""
-        ideal = mlp(self.projector, jax.nn.softmax(user) @ self.points)
-        distance = safe_norm(mlp(self.projector, item.embedding) - ideal)
+        mixed = jax.nn.softmax(user) @ self.points
+        ideal = mlp_after_kernel(self.projector, mixed) if self.is_reduced else mlp(self.projector, mixed)
+        point = item.embedding if self.is_reduced else mlp(self.projector, item.embedding)
+        distance = safe_norm(point - ideal)
         return -jnp.exp(self.log_scale) * (distance**2 if self.squared else distance)
 
     def log_odds(self, user: Float[Array, " prototypes"], first: Item, second: Item) -> Float[Array, ""]:
         return self.reward(user, first) - self.reward(user, second)
+
+    def reduced(self, items: Item) -> tuple[Self, Item]:
+        """`types.ReducesItems`: items are their f(e), prototypes what f's first kernel makes of them."""
+        if self.is_reduced:
+            return self, items
+        points = self.points @ self.projector[0]["kernel"]
+        items = items.replace(embedding=mlp(self.projector, items.embedding))
+        return replace(self, points=points, is_reduced=True), items
 
 
 @struct.dataclass
@@ -67,6 +79,7 @@ class IdealDirection:
     projector: Weights
     prompt_projectors: Weights
     log_scale: Float[Array, ""]
+    is_reduced: bool = struct.field(pytree_node=False, default=False)
 
     @classmethod
     def init(
@@ -88,10 +101,24 @@ class IdealDirection:
 
     def reward(self, user: Float[Array, " prototypes"], item: Item) -> Float[Array, ""]:
         """Scaled cosine between the response and the user's ideal direction for the prompt."""
-        prompt = jnp.ones(1) if item.prompt is None else item.prompt
-        directions = jax.vmap(lambda weights: mlp(weights, prompt))(self.prompt_projectors)
-        ideal = jax.nn.softmax(user) @ directions
-        return jnp.minimum(jnp.exp(self.log_scale), 100.0) * cosine(mlp(self.projector, item.embedding), ideal)
+        point = item.embedding if self.is_reduced else mlp(self.projector, item.embedding)
+        ideal = jax.nn.softmax(user) @ self._directions(item)
+        return jnp.minimum(jnp.exp(self.log_scale), 100.0) * cosine(point, ideal)
 
     def log_odds(self, user: Float[Array, " prototypes"], first: Item, second: Item) -> Float[Array, ""]:
         return self.reward(user, first) - self.reward(user, second)
+
+    def reduced(self, items: Item) -> tuple[Self, Item]:
+        """`types.ReducesItems`: items are their f(e), prompts the g_k(h) of all prototypes, one after the other."""
+        if self.is_reduced:
+            return self, items
+        flat = None if items.prompt is None else jax.vmap(lambda item: self._directions(item).reshape(-1))(items)
+        items = items.replace(embedding=mlp(self.projector, items.embedding), prompt=flat)
+        return replace(self, is_reduced=True), items
+
+    def _directions(self, item: Item) -> Float[Array, "prototypes point"]:
+        """The g_k(h) of an item's prompt."""
+        if self.is_reduced and item.prompt is not None:
+            return item.prompt.reshape(self.init_user().shape[0], -1)
+        prompt = jnp.ones(1) if item.prompt is None else item.prompt
+        return jax.vmap(lambda weights: mlp(weights, prompt))(self.prompt_projectors)

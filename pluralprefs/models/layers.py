@@ -34,6 +34,12 @@ def mlp(
     return x
 
 
+def mlp_after_kernel(weights: Weights, x: Float[Array, "*batch m"]) -> Float[Array, "*batch k"]:
+    """What `mlp` makes of an input that its first kernel has been applied to."""
+    x = x + jnp.broadcast_to(weights[0]["bias"], x.shape)
+    return mlp(weights[1:], gelu(x)) if len(weights) > 1 else x
+
+
 def safe_norm(z: Float[Array, "*batch n"]) -> Float[Array, "*batch"]:
     """Euclidean norm `sqrt(z.z + 1e-12)`: the plain one has a NaN gradient at zero, that is, at the ideal point."""
     return jnp.sqrt(jnp.sum(z * z, axis=-1) + 1e-12)

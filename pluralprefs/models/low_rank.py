@@ -11,6 +11,7 @@ has a regulariser towards a reference head, which here is the optimiser's weight
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, Self
 
 import jax
@@ -29,6 +30,7 @@ class LowRank:
     basis: Weights
     rank: int = struct.field(pytree_node=False)
     weights: str = struct.field(pytree_node=False, default="free")
+    is_reduced: bool = struct.field(pytree_node=False, default=False)
 
     @classmethod
     def init(
@@ -42,9 +44,9 @@ class LowRank:
     def init_user(self) -> Float[Array, " rank"]:
         return jnp.zeros(self.rank)
 
-    def basis_rewards(self, item: Item) -> Float[Array, " rank"]:
+    def basis_rewards(self, item: Item) -> Float[Array, "*batch rank"]:
         """V' e: the rewards of the basis."""
-        return mlp(self.basis, item.embedding)
+        return item.embedding if self.is_reduced else mlp(self.basis, item.embedding)
 
     def reward(self, user: Float[Array, " rank"], item: Item) -> Float[Array, ""]:
         weight = jax.nn.softmax(user) if self.weights == "simplex" else user
@@ -52,3 +54,7 @@ class LowRank:
 
     def log_odds(self, user: Float[Array, " rank"], first: Item, second: Item) -> Float[Array, ""]:
         return self.reward(user, first) - self.reward(user, second)
+
+    def reduced(self, items: Item) -> tuple[Self, Item]:
+        """`types.ReducesItems`: items are the rewards of the basis."""
+        return replace(self, is_reduced=True), items.replace(embedding=self.basis_rewards(items))
