@@ -40,13 +40,13 @@ from jaxtyping import Array, Float
 
 from pluralprefs.encoders.cache import encode_items
 from pluralprefs.encoders.decoder_weights import DECODER_RULES
-from pluralprefs.encoders.lora import FACTORS, Lora, attach, join, split
-from pluralprefs.encoders.text import TextEncoder, encode
+from pluralprefs.encoders.lora import FACTORS, Lora, attach, factor_rules, join, split
+from pluralprefs.encoders.text import Packed, TextEncoder, encode, require_packing
 from pluralprefs.encoders.weights import EncoderError
 from pluralprefs.fitting import Rows, strangers, take
 from pluralprefs.registry.files import load_arrays, save_arrays
 from pluralprefs.sharding import BATCH_AXES, USER_TABLE_RULES, batch_sharding, leaf_name, make_mesh, shard_rules
-from pluralprefs.token_batches import TokenBatches
+from pluralprefs.token_batches import PackedBatches, TokenBatches
 from pluralprefs.train import (
     CheckpointStore,
     LossFn,
@@ -66,8 +66,9 @@ from pluralprefs.users import Pooled, penalty
 SAVE_SECONDS = 600.0  # between checkpoints: what a kill can cost
 SAMPLE = 256  # pairs that tell how far a user state moves log-odds before any training
 BACKBONE = "backbone.safetensors"  # in a run folder
-RULES = (*DECODER_RULES, *USER_TABLE_RULES)
+RULES = (*DECODER_RULES, *factor_rules(DECODER_RULES), *USER_TABLE_RULES)
 Labels = tuple[tuple[str, str], ...]
+Texts = Comparisons[Any] | Packed
 
 
 @dataclass(frozen=True)
@@ -79,6 +80,7 @@ class Backbone:
     optimizers   of each group of parameters, at its full learning rate; what is not of the encoder is of the "head"
     epochs       at most; validation rows choose how many
     batch_tokens of a batch, padding included; `accumulate` batches make one update
+    packed       texts share rows, and all batches one shape; None: where the encoder reads such rows (decoders do)
     clip         largest norm of a gradient
     warmup, final   shares: of updates in which the rate grows, and what is left of it at the end of its cosine
     frozen_dtype of the weights that are not trained: "bfloat16" for half the memory
@@ -96,6 +98,7 @@ class Backbone:
     epochs: int = 3
     batch_tokens: int = 8192
     accumulate: int = 1
+    packed: bool | None = None
     clip: float = 1.0
     warmup: float = 0.03
     final: float = 0.1
@@ -114,6 +117,12 @@ class Backbone:
         rules = (*self.groups, trained, ("^encoder/", "frozen"), *FROZEN, ("", "head"))
         names = [leaf_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
         return {name: next(label for pattern, label in rules if re.search(pattern, name)) for name in names}
+
+    def batches(self, encoder: TextEncoder) -> type[TokenBatches]:
+        """How pairs are batched for this encoder. Raises EncoderError where they cannot be packed as asked."""
+        if self.packed:
+            require_packing(encoder)
+        return PackedBatches if self.packed or (self.packed is None and encoder.packs) else TokenBatches
 
     def optimizer(self, labels: Mapping[str, str], steps: int) -> optax.GradientTransformation:
         """The optimiser of `steps` batches: clipped, each group at its own rate, one schedule for all."""
@@ -138,13 +147,15 @@ class Backbone:
 
 
 def encoding_loss(loss_fn: LossFn, encoder: TextEncoder) -> LossFn:
-    """Make a loss over (what is frozen of the encoder, comparisons of Tokens) from one over comparisons of Items.
+    """Make a loss over (what is frozen of the encoder, comparisons of texts) from one over comparisons of Items.
 
     Of `encoder` only the architecture counts: its parameters are those of `Params.encoder` and of the batch.
     """
     blank = encoder.replace(params={})
 
-    def loss(params: Params, batch: tuple[Any, Comparisons[Any]], key: Key) -> tuple[Float[Array, ""], Metrics]:
+    def loss(
+        params: Params, batch: tuple[Any, Comparisons[Any] | Packed], key: Key
+    ) -> tuple[Float[Array, ""], Metrics]:
         frozen, comparisons = batch
         whole = blank.replace(params=join(params.encoder, frozen))
         return loss_fn(params, encode(whole, comparisons), key)
@@ -181,7 +192,7 @@ def train_backbone(
     mesh = make_mesh(**dict[str, Any](backbone.mesh)) if backbone.mesh else None
     flat = rows.replace(community=np.full_like(rows.community, -1))
     flat = flat if users else strangers(flat)
-    batches = TokenBatches.render(
+    batches = backbone.batches(started).render(
         started, table, items, flat, budget=backbone.batch_tokens, seed=backbone.seed,
         multiple=math.prod(mesh.shape[axis] for axis in BATCH_AXES) if mesh else 1,
     )  # fmt: skip
@@ -209,7 +220,7 @@ def train_backbone(
     )  # fmt: skip
     found = {leaf_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(best["encoder"])}
     sizes = {"trained_parameters": _count(trained), "frozen_parameters": _count(frozen)}
-    notes = {"epochs": int(best["epochs"]), "steps": int(state.step), **sizes}
+    notes = {"epochs": int(best["epochs"]), "steps": int(state.step), "padding": batches.padding, **sizes}
     notes |= {"validation_nll": float(best["nats"])} if len(validation.target) else {}
     return applied(backbone, encoder, found, mesh), found, notes
 
@@ -269,8 +280,15 @@ def _step(
     step = make_train_step(encoding_loss(loss, encoder), update)
     if transform is not None:
         change = partial(transform, steps=steps)
-        step = make_transformed_step(step, lambda batch, key, at: (batch[0], change(batch[1], key, at)))
+        step = make_transformed_step(step, lambda batch, key, at: (batch[0], _changed(change, batch[1], key, at)))
     return jax.jit(step, donate_argnums=0)
+
+
+def _changed(change: Callable[..., Any], batch: Texts, key: Key, at: Any) -> Texts:
+    """A batch whose comparisons a transform has changed."""
+    if isinstance(batch, Packed):
+        return batch.replace(comparisons=change(batch.comparisons, key, at))
+    return change(batch, key, at)
 
 
 def _train(

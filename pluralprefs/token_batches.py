@@ -1,17 +1,26 @@
-"""Batches of token ids for an encoder that is trained: pairs of similar length, as many as fit a budget of tokens.
+"""Batches of token ids for an encoder that is trained: pairs packed into shared rows, or pairs of similar length.
 
-A pair belongs to the padded length (`tokens.BUCKETS`) of its longer response; a batch holds pairs of one length, so
-that few programs are compiled and little of a batch is padding. In every epoch the pairs of a length are shuffled and
-cut into batches, the last of which is filled up with weight 0, and batches of all lengths are shuffled: every pair
-occurs once an epoch, and the batch of a step is a function of (seed, step) alone.
+Packed (`PackedBatches`): all texts of a pair stand one after the other in a row of one fixed length, with other pairs
+behind them. All batches of a training have one shape, so that one program is compiled. Rows are filled best fit first,
+the longest pairs before the shorter; which row takes how long a pair follows from the lengths alone, and in every epoch
+the pairs of one length are shuffled over its places, and rows over batches.
+
+By length (`TokenBatches`), for encoders that read one text a row: a pair belongs to the padded length
+(`tokens.BUCKETS`) of its longer response, and a batch holds pairs of one length, so that few programs are compiled. In
+every epoch the pairs of a length are shuffled and cut into batches, and batches of all lengths are shuffled.
+
+Either way what a batch lacks is filled up with weight 0, every pair occurs once an epoch, and the batch of a step is a
+function of (seed, step) alone.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import count
-from typing import Any
+from operator import itemgetter
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -19,13 +28,17 @@ import polars as pl
 from jaxtyping import Int
 
 from pluralprefs.data.batches import take_rows
+from pluralprefs.encoders.text import Packed, Span
 from pluralprefs.encoders.tokens import Rendered, Text, bucket, pad
-from pluralprefs.types import Comparisons, Item
+from pluralprefs.types import Comparisons, Item, Tokens
+
+MULTIPLE = 16  # of which the length of a packed row is one
+PADDING = 0.05  # with less of it a packed row is long enough
 
 
 @dataclass(frozen=True)
 class TokenBatches:
-    """Index rows with the rendered texts that they speak of. Made by `TokenBatches.render`.
+    """Index rows with the rendered texts that they speak of, batched by length. Made by `TokenBatches.render`.
 
     items    what goes with every item beside its text (attributes, index), as numpy arrays
     prompts  the rendered prompts of the items, None where the encoder embeds none; all are padded to one length
@@ -64,6 +77,25 @@ class TokenBatches:
         """Batches of an epoch."""
         return sum(-(-len(rows) // self.size(length)) for length, rows in self.groups().items())
 
+    @property
+    def padding(self) -> float:
+        """The share of an epoch's tokens that are padding."""
+        prompt = self.prompt_length()
+        places = sum(
+            -(-len(rows) // self.size(length)) * self.size(length) * (2 * length + prompt)
+            for length, rows in self.groups().items()
+        )
+        return 1 - self.sizes.sum() / places
+
+    @cached_property
+    def sizes(self) -> Int[np.ndarray, "pairs texts"]:
+        """Tokens of the texts of every pair: first and second response, and the prompt where it is embedded."""
+        responses = np.array([len(text.ids) for text in self.responses])
+        found = [responses[self.rows.first], responses[self.rows.second]]
+        if self.prompts is not None:
+            found.append(np.array([len(text.ids) for text in self.prompts])[self.rows.first])
+        return np.stack(found, axis=1)
+
     def size(self, length: int) -> int:
         """Pairs of a batch whose responses are padded to `length`."""
         pairs = self.budget // (2 * length + self.prompt_length())
@@ -77,12 +109,11 @@ class TokenBatches:
 
     def groups(self) -> dict[int, Int[np.ndarray, " rows"]]:
         """Row numbers by the padded length of their longer response."""
-        sizes = np.array([len(response.ids) for response in self.responses])
-        longer = np.maximum(sizes[self.rows.first], sizes[self.rows.second])
+        longer = self.sizes[:, :2].max(axis=1)
         padded = np.array([bucket(int(size), max_length=self.max_length) for size in longer])
         return {int(length): np.flatnonzero(padded == length) for length in np.unique(padded)}
 
-    def epoch(self, number: int) -> list[tuple[int, Int[np.ndarray, " pairs"]]]:
+    def epoch(self, number: int) -> list[tuple[int, Int[np.ndarray, " ..."]]]:
         """(padded length, row numbers) of each batch of an epoch; -1 is padding."""
         draw, found = np.random.default_rng([self.seed, number]), []
         for length, rows in self.groups().items():
@@ -91,7 +122,7 @@ class TokenBatches:
             found += [(length, batch) for batch in order.reshape(-1, size)]
         return [found[at] for at in draw.permutation(len(found))]
 
-    def batch(self, length: int, index: Int[np.ndarray, " pairs"]) -> Comparisons[Any]:
+    def batch(self, length: int, index: Int[np.ndarray, " ..."]) -> Any:
         """The pairs at `index`, as numpy arrays; of padding both responses are empty."""
         rows = take_rows(self.rows, index)
 
@@ -102,15 +133,128 @@ class TokenBatches:
                 return pad(chosen, length=size)
 
             prompt = None if self.prompts is None else tokens(self.prompts, self.prompt_length())
-            rest = jax.tree.map(lambda leaf: np.asarray(leaf)[items], self.items.replace(embedding=None, prompt=None))
-            return rest.replace(embedding=tokens(self.responses, length), prompt=prompt)
+            return self.beside(items).replace(embedding=tokens(self.responses, length), prompt=prompt)
 
         return rows.replace(first=side(rows.first), second=side(rows.second))
 
-    def stream(self, start: int = 0) -> Iterator[Comparisons[Any]]:
+    def beside(self, items: Int[np.ndarray, " pairs"]) -> Item:
+        """What goes with items beside their texts."""
+        return jax.tree.map(lambda leaf: np.asarray(leaf)[items], self.items.replace(embedding=None, prompt=None))
+
+    def stream(self, start: int = 0) -> Iterator[Any]:
         """Yield the batches of steps `start`, `start + 1`, ... without end."""
         steps = self.steps
         for number in count(start // steps):
             skipped = start % steps if number == start // steps else 0
             for length, index in self.epoch(number)[skipped:]:
                 yield self.batch(length, index)
+
+
+@dataclass(frozen=True)
+class PackedBatches(TokenBatches):
+    """The same, packed: a batch is `Packed`. `multiple` is of rows, of which a batch has at least so many."""
+
+    @property
+    def steps(self) -> int:
+        """Batches of an epoch."""
+        return -(-self.layout.rows // self.size(self.layout.length))
+
+    @property
+    def padding(self) -> float:
+        """The share of an epoch's tokens that are padding."""
+        length = self.layout.length
+        return 1 - self.sizes.sum() / (self.steps * self.size(length) * length)
+
+    def size(self, length: int) -> int:
+        """Rows of a batch."""
+        return max(self.budget // length // self.multiple, 1) * self.multiple
+
+    @cached_property
+    def layout(self) -> Layout:
+        """Where pairs stand, in rows no longer than it takes to fill them well: attention costs their length."""
+        totals = -np.sort(-self.taken.sum(axis=1))
+        shortest, found = -(-int(totals[0]) // MULTIPLE) * MULTIPLE, []
+        for times in (1, 2, 4):
+            if found and shortest * times * self.multiple > self.budget:
+                break
+            layout = lay_out(totals, length=shortest * times)
+            found.append((1 - totals.sum() / (layout.rows * layout.length), layout))
+            if found[-1][0] <= PADDING:
+                return layout
+        return min(found, key=itemgetter(0))[1]
+
+    @cached_property
+    def taken(self) -> Int[np.ndarray, "pairs texts"]:
+        """Places of the texts of every pair in its row."""
+        return np.maximum(self.sizes, 1)
+
+    def epoch(self, number: int) -> list[tuple[int, Int[np.ndarray, " ..."]]]:
+        """(length of a row, numbers of pairs [rows, pairs a row]) of each batch of an epoch; -1 is padding."""
+        draw, layout = np.random.default_rng([self.seed, number]), self.layout
+        totals, size = self.taken.sum(axis=1), self.size(layout.length)
+        order = draw.permutation(len(totals))
+        order = order[np.argsort(-totals[order], kind="stable")]
+        found = np.full((self.steps * size, layout.slot.max() + 1), -1)
+        found[draw.permutation(len(found))[layout.row], layout.slot] = order
+        return [(layout.length, batch) for batch in found.reshape(self.steps, size, -1)]
+
+    def batch(self, length: int, index: Int[np.ndarray, " ..."]) -> Packed:
+        """The pairs at `index` in their rows, as numpy arrays.
+
+        An empty text takes the place of one token, of id 0: that is what an encoder reads where all is padding.
+        """
+        rows, width = index.shape
+        found = take_rows(self.rows, index.ravel())
+        parts = [(self.responses, found.first), (self.responses, found.second)]
+        parts += [] if self.prompts is None else [(self.prompts, found.first)]
+        real = index.ravel()[:, None] >= 0
+        size = np.where(real, self.sizes[index.ravel()], 0)
+        taken = np.where(real, self.taken[index.ravel()], 0)
+        ends = np.cumsum(taken.reshape(rows, -1), axis=1).reshape(taken.shape)
+        start = np.where(real, ends - taken, 0)  # of padding some token that is there
+        ids, segment = np.zeros((2, rows, length), np.int32)
+        for pair in np.flatnonzero(real):
+            for number, (texts, items) in enumerate(parts):
+                row, first = pair // width, start[pair, number]
+                ids[row, first : first + size[pair, number]] = texts[items[pair]].ids
+                segment[row, first : ends[pair, number]] = pair % width * len(parts) + number + 1
+        tokens = Tokens(ids, segment > 0, segment, np.zeros(rows, np.int32))  # pyright: ignore[reportArgumentType]
+        spans = [Span(a.astype(np.int32), b.astype(np.int32)) for a, b in zip(start.T, size.T, strict=True)]
+        prompt = spans[2] if len(spans) > 2 else None
+        first = self.beside(found.first).replace(embedding=spans[0], prompt=prompt)
+        second = self.beside(found.second).replace(embedding=spans[1], prompt=prompt)
+        return Packed(tokens, found.replace(first=first, second=second))
+
+
+class Layout(NamedTuple):
+    """Rows of `length` tokens, and of every pair, by decreasing length, its row and its place among the row's pairs."""
+
+    length: int
+    rows: int
+    row: Int[np.ndarray, " pairs"]
+    slot: Int[np.ndarray, " pairs"]
+
+
+def lay_out(sizes: Int[np.ndarray, " pairs"], *, length: int) -> Layout:
+    """Lay pairs of decreasing `sizes` into rows of `length` tokens: each into the fullest row that has room for it.
+
+    >>> lay_out(np.array([6, 5, 4, 3, 2]), length=10)
+    Layout(length=10, rows=2, row=array([0, 1, 0, 1, 1]), slot=array([0, 0, 1, 1, 2]))
+    """
+    row, slot = np.zeros((2, len(sizes)), int)
+    held: list[int] = []  # pairs of each row
+    roomy: list[list[int]] = [[] for _ in range(length + 1)]  # rows by the room that they have
+    has = np.zeros(length + 1, bool)
+    for pair, size in enumerate(sizes.tolist()):
+        room = size + int(np.argmax(has[size:]))
+        if not has[room]:
+            room = length
+            roomy[room].append(len(held))
+            held.append(0)
+        at = roomy[room].pop()
+        has[room] = bool(roomy[room])
+        row[pair], slot[pair] = at, held[at]
+        held[at] += 1
+        roomy[room - size].append(at)
+        has[room - size] = True
+    return Layout(length, len(held), row, slot)

@@ -8,14 +8,17 @@ import shutil
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
+from jax.sharding import PartitionSpec
 from record_decoders import FIXTURES, example_tokens, save_tokenizer
 
 from pluralprefs import encoders
+from pluralprefs.backbone import RULES
 from pluralprefs.encoders.lora import FACTORS, Lora, attach, join, merge, split
 from pluralprefs.encoders.text import TextEncoder
 from pluralprefs.encoders.weights import EncoderError
-from pluralprefs.sharding import leaf_name
+from pluralprefs.sharding import batch_sharding, leaf_name, make_mesh, shard_rules
 from pluralprefs.types import Tokens
 
 embed = jax.jit(lambda encoder, tokens: encoder(tokens).embedding)
@@ -107,6 +110,47 @@ def test_adapters_stay_float32_on_bfloat16_weights_and_so_do_gradients(encoder):
     rounded = embed(adapted.replace(params=join(adapters, half)), tokens())
     assert rounded.dtype == jnp.float32
     np.testing.assert_allclose(rounded, exact, atol=0.1 * np.abs(exact).max())
+
+
+needs_eight = pytest.mark.skipif(jax.device_count() < 8, reason="needs 8 devices; tests/conftest.py asks for them")
+
+
+@needs_eight
+def test_factors_and_their_moments_lie_as_their_kernels_do(encoder):
+    adapted = attach(encoder, Lora(rank=4, targets="/kernel$"), jax.random.key(0))
+    adapters, _ = parts(adapted)
+    tree = {"params": {"encoder": adapted.params}, "opt_state": optax.adam(0.1).init({"encoder": adapters})}
+    places = shard_rules(tree, make_mesh(data=2, fsdp=2, tensor=2), RULES)
+    found = {leaf_name(path): place.spec for path, place in jax.tree_util.tree_leaves_with_path(places)}
+    kernels = [name for name in found if name.endswith("/kernel") and name.startswith("params")]
+    assert len(kernels) == 14
+    assert {tuple(found[name]) for name in kernels} == {("fsdp", "tensor"), ("tensor", "fsdp")}
+    for kernel in kernels:
+        stem = kernel.removesuffix("/kernel") + "/dot_general"
+        inputs, outputs = found[kernel]
+        for of in (stem, *(stem.replace("params", f"opt_state/0/{moment}") for moment in ("mu", "nu"))):
+            assert found[f"{of}/down"] == PartitionSpec(inputs)
+            assert found[f"{of}/up"] == PartitionSpec(None, outputs)
+
+
+@needs_eight
+@pytest.mark.slow
+def test_sharded_adapters_have_the_gradients_of_those_on_one_device(encoder):
+    adapted = attach(encoder, Lora(rank=4, targets="/kernel$"), jax.random.key(0))
+    adapters, rest = learned(adapted), parts(adapted)[1]
+    batch = jax.tree.map(lambda leaf: jnp.concatenate([leaf[:4]] * 2), tokens())
+
+    def loss(adapters, rest, batch):
+        return jnp.sum(adapted.replace(params=join(adapters, rest))(batch).embedding ** 2)
+
+    step = jax.jit(jax.value_and_grad(loss))
+    wanted, gradient = step(adapters, rest, batch)
+    mesh = make_mesh(data=2, fsdp=2, tensor=2)
+    sharded = jax.device_put((adapters, rest), shard_rules((adapters, rest), mesh, RULES))
+    found, other = step(*sharded, jax.device_put(batch, batch_sharding(mesh)))
+    np.testing.assert_allclose(found, wanted, rtol=1e-5)
+    for own, leaf in zip(jax.tree.leaves(other), jax.tree.leaves(gradient), strict=True):
+        np.testing.assert_allclose(own, leaf, atol=1e-5 * np.abs(leaf).max())
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ The last token is found by the mask, never by the id of the padding token, which
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import jax.numpy as jnp
 from flax import struct
@@ -28,8 +28,10 @@ __all__ = ["MODEL_TYPES", "CausalEncoder"]
 class CausalEncoder(TextEncoder):
     """A decoder's embedding of a text: the hidden state of its last real token, or the mean over its tokens.
 
-    Rows hold one text each: of a packed row only the last is read.
+    Called with Tokens it takes one text a row; several are read by `spans`.
     """
+
+    packs: ClassVar[bool] = True
 
     @classmethod
     def load(

@@ -20,11 +20,12 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
 from pluralprefs.encoders.text import TextEncoder
 from pluralprefs.encoders.weights import EncoderError
-from pluralprefs.sharding import leaf_name
+from pluralprefs.sharding import Rules, leaf_name
 from pluralprefs.types import Key
 
 Encoder = TypeVar("Encoder", bound=TextEncoder)
@@ -96,6 +97,21 @@ def merge(encoder: Encoder) -> Encoder:
             layer.kernel[...] = (kernel.astype(jnp.float32) + low.scale * added).astype(kernel.dtype)
             layer.dot_general = nnx.static(jax.lax.dot_general)
     return _parted(encoder, model)
+
+
+def factor_rules(rules: Rules) -> Rules:
+    """Rules that place the factors of a kernel as `rules` place the kernel itself; the rank is never divided.
+
+    D lies over the mesh as the inputs of W and U as its outputs: no product needs a part of W and another of a factor.
+    """
+    found = []
+    for pattern, spec in rules:
+        if pattern.endswith(KERNEL + "$"):
+            inputs, outputs = (*spec, None, None)[:2]
+            factor = pattern.removesuffix(KERNEL + "$") + "/dot_general"
+            found.append((f"{factor}/down$", PartitionSpec(inputs)))
+            found.append((f"{factor}/up$", PartitionSpec(None, outputs)))
+    return tuple(found)
 
 
 def split(params: Any, trained: Callable[[str], bool]) -> tuple[Any, Any]:

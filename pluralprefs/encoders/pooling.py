@@ -12,7 +12,7 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from pluralprefs.encoders.weights import EncoderError, read_json
 
@@ -32,6 +32,22 @@ def pool(
         return jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]
     total = jnp.sum(jnp.where(mask[:, :, None], hidden, 0.0), axis=1)
     return total / jnp.maximum(jnp.sum(mask, axis=1), 1)[:, None]
+
+
+def pool_spans(
+    hidden: Float[Array, "batch length dim"],
+    start: Int[Array, "batch spans"],
+    size: Int[Array, "batch spans"],
+    pooling: Pooling,
+) -> Float[Array, "batch spans dim"]:
+    """`pool` of several texts a row, each of `size` tokens from `start` on; the token at `start` of an empty one."""
+    if pooling != "mean":
+        at = start if pooling == "cls" else start + jnp.maximum(size, 1) - 1
+        return jnp.take_along_axis(hidden, at[:, :, None], axis=1)
+    column = jnp.arange(hidden.shape[1])[None, None]
+    inside = (column >= start[:, :, None]) & (column < (start + size)[:, :, None])
+    total = jnp.einsum("bsl,bld->bsd", inside.astype(hidden.dtype), hidden, precision=jax.lax.Precision.HIGHEST)
+    return total / jnp.maximum(size, 1)[:, :, None]
 
 
 def read_pooling(
