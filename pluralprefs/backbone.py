@@ -44,8 +44,17 @@ from pluralprefs.encoders.lora import FACTORS, Lora, attach, factor_rules, join,
 from pluralprefs.encoders.text import Packed, TextEncoder, encode, require_packing
 from pluralprefs.encoders.weights import EncoderError
 from pluralprefs.fitting import Rows, strangers, take
+from pluralprefs.hosts import agreed, placed, whole
 from pluralprefs.registry.files import load_arrays, save_arrays
-from pluralprefs.sharding import BATCH_AXES, USER_TABLE_RULES, batch_sharding, leaf_name, make_mesh, shard_rules
+from pluralprefs.sharding import (
+    BATCH_AXES,
+    USER_TABLE_RULES,
+    batch_sharding,
+    leaf_name,
+    make_mesh,
+    replicated,
+    shard_rules,
+)
 from pluralprefs.token_batches import PackedBatches, TokenBatches
 from pluralprefs.train import (
     CheckpointStore,
@@ -84,7 +93,7 @@ class Backbone:
     clip         largest norm of a gradient
     warmup, final   shares: of updates in which the rate grows, and what is left of it at the end of its cosine
     frozen_dtype of the weights that are not trained: "bfloat16" for half the memory
-    mesh         sizes of `sharding.make_mesh`; none is one device
+    mesh         sizes of `sharding.make_mesh`; none is one device, of several processes all devices
     """
 
     lora: Lora | None = field(default_factory=Lora)
@@ -185,11 +194,13 @@ def train_backbone(
     `table` is the item table that `rows` and `validation` speak of, `items` what goes with its texts (attributes), as
     numpy arrays; `users` is the size of the user table trained along, 0 for a population alone. The parameters are
     those after the epoch that predicts the validation rows best, the last where there are none. `checkpoints` is a
-    folder that belongs to this very training, from which it continues to the same bits. `report(epochs done, epochs,
-    loss)` is called after each epoch. Raises FloatingPointError where a loss is not finite.
+    folder that belongs to this very training, from which it continues to the same bits; several processes keep none.
+    They train one encoder together, which each then has whole, on its own devices. `report(epochs done, epochs, loss)`
+    is called after each epoch. Raises FloatingPointError where a loss is not finite.
     """
     started = begun(backbone, encoder)
-    mesh = make_mesh(**dict[str, Any](backbone.mesh)) if backbone.mesh else None
+    several = jax.process_count() > 1
+    mesh = make_mesh(**dict[str, Any](backbone.mesh)) if backbone.mesh or several else None
     flat = rows.replace(community=np.full_like(rows.community, -1))
     flat = flat if users else strangers(flat)
     batches = backbone.batches(started).render(
@@ -210,19 +221,24 @@ def train_backbone(
 
     def nats(params: Params) -> float:
         now = started.replace(params=join(params.encoder, frozen))
-        return row_nats(params.replace(encoder=None), *_encoded(now, table, items, validation), likelihood)
+        found = _encoded(now, table, items, validation)
+        return float(agreed(row_nats(whole(params.replace(encoder=None)), *found, likelihood)))
 
     step = _step(started, update, batches, steps, reduction=reduction, users=users, transform=transform)
+    # Of several processes each has to hold the losses; a state stays where it was put.
+    stay = mesh and (jax.tree.map(lambda leaf: leaf.sharding, state), replicated(mesh))
+    step = jax.jit(step, donate_argnums=0, out_shardings=stay)
     best = {"encoder": state.params.encoder, "nats": np.float32(np.inf), "epochs": np.int32(0)}
     state, best = _train(
         {"state": state, "best": best}, step, batches, steps, frozen, mesh,
-        nats if len(validation.target) else None, checkpoints, report,
+        nats if len(validation.target) else None, None if several else checkpoints, report,
     )  # fmt: skip
-    found = {leaf_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(best["encoder"])}
+    learned = jax.tree_util.tree_leaves_with_path(whole(best["encoder"]))
+    found = {leaf_name(path): leaf for path, leaf in learned}
     sizes = {"trained_parameters": _count(trained), "frozen_parameters": _count(frozen)}
     notes = {"epochs": int(best["epochs"]), "steps": int(state.step), "padding": batches.padding, **sizes}
     notes |= {"validation_nll": float(best["nats"])} if len(validation.target) else {}
-    return applied(backbone, encoder, found, mesh), found, notes
+    return applied(backbone, encoder, found, None if several else mesh), found, notes
 
 
 def begun(backbone: Backbone, encoder: Any) -> TextEncoder:
@@ -268,7 +284,7 @@ def _step(
     encoder: TextEncoder, update: optax.GradientTransformation, batches: TokenBatches, steps: int, *,
     reduction: Reduction, users: int, transform: Callable[..., Any] | None,
 ) -> StepFn:  # fmt: skip
-    """One jitted step, in which a pair counts alike in a batch of few pairs and in one of many."""
+    """One step, in which a pair counts alike in a batch of few pairs and in one of many."""
     total = float(batches.rows.weight.sum())
 
     def evenly(nats: Float[Array, " rows"], batch: Comparisons[Any]) -> Float[Array, ""]:
@@ -281,7 +297,7 @@ def _step(
     if transform is not None:
         change = partial(transform, steps=steps)
         step = make_transformed_step(step, lambda batch, key, at: (batch[0], _changed(change, batch[1], key, at)))
-    return jax.jit(step, donate_argnums=0)
+    return step
 
 
 def _changed(change: Callable[..., Any], batch: Texts, key: Key, at: Any) -> Texts:
@@ -305,7 +321,7 @@ def _train(
     place = None if mesh is None else batch_sharding(mesh)
     # What is kept beyond a step that donates its state is a copy.
     best = best | {"encoder": jax.tree.map(jnp.copy, best["encoder"])}
-    stream = ((frozen, jax.device_put(batch, place)) for batch in batches.stream(start))
+    stream = ((frozen, placed(batch, place)) for batch in batches.stream(start))
     for done, state, metrics in islice(train(began, stream, step), steps - start):
         losses.append(float(metrics["loss"]))
         if done % batches.steps == 0:
@@ -337,7 +353,7 @@ def _encoded(encoder: TextEncoder, table: pl.DataFrame, items: Item, rows: Rows)
 
 
 def _placed(tree: Any, mesh: Mesh | None) -> Any:
-    return tree if mesh is None else jax.device_put(tree, shard_rules(tree, mesh, RULES))
+    return tree if mesh is None else placed(tree, shard_rules(tree, mesh, RULES))
 
 
 def _count(tree: Any) -> int:

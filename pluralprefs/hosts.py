@@ -1,8 +1,9 @@
 """Several processes, a host each or more, that compute one run: who is who, and arrays that belong to all.
 
 Every process runs the same program on the same table. What is trained by gradient is one computation over all devices
-of all processes: parameters are everywhere, each process makes its own part of a batch. What is scored is divided by
-users and gathered, however unevenly. Fits by Newton's method are repeated by each process. Process 0 writes.
+of all processes: parameters are everywhere (those of an encoder where name rules place them), each process puts its own
+part of a batch on its devices. What is scored is divided by users and gathered, however unevenly. Fits by Newton's
+method are repeated by each process. Process 0 writes.
 
 With one process every function here is the identity, and none needs to be asked first.
 """
@@ -81,6 +82,27 @@ def everywhere(tree: Any) -> Any:
     return tree if place is None else jax.tree.map(lambda leaf: _placed(leaf, place), tree)
 
 
+def placed(tree: Any, places: Any) -> Any:
+    """The same values, which all processes must have, where `places` (a sharding, or one a leaf) says.
+
+    Each process puts only what its own devices hold.
+    """
+    if jax.process_count() == 1:
+        return jax.device_put(tree, places)
+    if isinstance(places, NamedSharding):
+        return jax.tree.map(lambda leaf: _placed(leaf, places), tree)
+    return jax.tree.map(_placed, tree, places)
+
+
+def whole(tree: Any) -> Any:
+    """What several processes hold parts of, as arrays of each process: all have to ask. Of one process, the same."""
+    if jax.process_count() == 1:
+        return tree
+    from jax.experimental.multihost_utils import process_allgather
+
+    return jax.tree.map(lambda leaf: leaf if _known(leaf) else process_allgather(leaf, tiled=True), tree)
+
+
 def here(tree: Any) -> Any:
     """What is `everywhere` as arrays of this process alone, which may meet others of its own."""
     return tree if jax.process_count() == 1 else jax.tree.map(lambda leaf: jax.numpy.asarray(np.asarray(leaf)), tree)
@@ -144,8 +166,12 @@ def require_same(text: str) -> None:
         raise ValueError("the processes have different data or experiments: give all the same files and one command")
 
 
+def _known(leaf: Any) -> bool:
+    return not isinstance(leaf, jax.Array) or leaf.is_fully_addressable
+
+
 def _placed(leaf: Any, place: NamedSharding) -> jax.Array:
-    if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
+    if not _known(leaf):
         return leaf  # of all processes already
     if jax.numpy.issubdtype(leaf.dtype, jax.dtypes.prng_key):
         return jax.random.wrap_key_data(_placed(jax.random.key_data(leaf), place), impl=jax.random.key_impl(leaf))

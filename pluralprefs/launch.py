@@ -85,9 +85,6 @@ def record(
     tell = tell or (lambda _: None)
     if not writes():  # its folder is thrown away, and may outlive a process that is killed: no people in it
         experiment = replace(experiment, save_users=False)
-    if experiment.backbone and jax.process_count() > 1:
-        raise ValueError("backbone: several processes do not train an encoder here; train it with one (`backbone.mesh` "
-                         "takes all of its devices), or set backbone to None")  # fmt: skip
     found = indexed(experiment, table)
     # An encoder that is trained needs the folder for its checkpoints; a frozen one is refused before there is one.
     prepared = None if experiment.backbone else featured(experiment, found, progress=progress)

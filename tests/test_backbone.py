@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
+import textwrap
 from dataclasses import replace
 from functools import partial
 from itertools import islice
@@ -17,6 +19,7 @@ import pytest
 from jax.sharding import PartitionSpec
 from record_decoders import FIXTURES, save_tokenizer
 from safetensors.numpy import load_file
+from test_hosts import free_port, together
 
 from pluralprefs import backbone as module
 from pluralprefs import encoders, launch
@@ -73,6 +76,10 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def data(folder):
     """The comparisons, indexed, all of them for training."""
+    return read(folder)
+
+
+def read(folder):
     table = comparisons.read(folder / "rows.jsonl").with_columns(cell=pl.lit("train"), fold=pl.lit("train"))
     return indexed(Experiment(data=None, model=None), table)
 
@@ -180,6 +187,44 @@ def test_training_on_a_mesh_equals_training_on_one_device(encoder, data):
         np.testing.assert_allclose(sharded[name], leaf, atol=2e-3, err_msg=name)
     assert set(found) == set(sharded)
     assert one.weights != encoder.weights
+
+
+@pytest.mark.slow
+def test_two_processes_train_the_encoder_that_one_trains(folder, tmp_path):
+    program = """
+        import sys
+        from dataclasses import replace
+        from pathlib import Path
+        from pluralprefs import hosts
+        folder, out, mesh, *who = sys.argv[1:]
+        if who:
+            hosts.connect(who[0], 2, int(who[1]))
+        sys.path.insert(0, "tests")
+        from test_backbone import SMALL, read, save_backbone, trained
+        from pluralprefs import encoders
+        encoder = encoders.load(Path(folder) / "llama", max_length=16, prompt=True)
+        asked = replace(SMALL, batch_tokens=1024, epochs=3, mesh={mesh: 2} if who else {})
+        (after, found, notes), losses = trained(asked, encoder, read(Path(folder)), validation=range(20))
+        if hosts.writes():
+            save_backbone(Path(out), encoder, found)
+        print("found", after.weights, notes["validation_nll"], *losses)
+    """
+    command, files = [sys.executable, "-c", textwrap.dedent(program), str(folder)], {}
+    said = {}
+    for mesh in ("one", "data", "fsdp"):
+        files[mesh] = tmp_path / f"{mesh}.safetensors"
+        coordinator = f"127.0.0.1:{free_port()}"
+        who = [[]] if mesh == "one" else [[coordinator, "0"], [coordinator, "1"]]
+        lines = together([[*command, str(files[mesh]), mesh, *each] for each in who])
+        said[mesh] = [next(line for line in text.splitlines() if line.startswith("found")).split() for text in lines]
+    one = [float(number) for number in said["one"][0][2:]]
+    assert one[-1] < one[1] - 0.05
+    for mesh in ("data", "fsdp"):
+        assert said[mesh][0] == said[mesh][1]  # both hold the same weights
+        np.testing.assert_allclose([float(number) for number in said[mesh][0][2:]], one, rtol=1e-4)
+        found = load_file(files[mesh])
+        for name, leaf in load_file(files["one"]).items():
+            np.testing.assert_allclose(found[name], leaf, atol=1e-3, err_msg=name)
 
 
 @pytest.mark.slow

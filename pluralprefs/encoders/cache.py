@@ -36,6 +36,7 @@ from jaxtyping import Float
 from pluralprefs.encoders.attributes import AttributeEncoder
 from pluralprefs.encoders.tokens import Rendered, Renderer, Text, bucket, pad
 from pluralprefs.encoders.weights import EncoderError
+from pluralprefs.hosts import whole
 from pluralprefs.types import Item, Tokens
 
 if TYPE_CHECKING:
@@ -241,7 +242,7 @@ def batches(rendered: Sequence[Rendered], batch_tokens: int, max_length: int) ->
 
 
 def _features(encoder: TextEncoder, tokens: Tokens) -> Float[np.ndarray, "batch dim"]:
-    features = np.asarray(_compiled()(encoder, tokens), np.float32)
+    features = np.asarray(whole(_compiled()(encoder, tokens)), np.float32)
     if not np.isfinite(features).all():
         raise EncoderError("the encoder returned values that are not finite; check its weights and dtype")
     return features
