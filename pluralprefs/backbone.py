@@ -89,7 +89,8 @@ class Backbone:
     optimizers   of each group of parameters, at its full learning rate; what is not of the encoder is of the "head"
     epochs       at most; validation rows choose how many
     batch_tokens of a batch, padding included; `accumulate` batches make one update
-    packed       texts share rows, and all batches one shape; None: where the encoder reads such rows (decoders do)
+    packed       texts share rows, and all batches one shape, which decoders read; None: of a decoder, except on a CPU,
+                 where attention over long rows costs more than padding (docs/scaling.md)
     clip         largest norm of a gradient
     warmup, final   shares: of updates in which the rate grows, and what is left of it at the end of its cosine
     frozen_dtype of the weights that are not trained: "bfloat16" for half the memory
@@ -131,7 +132,8 @@ class Backbone:
         """How pairs are batched for this encoder. Raises EncoderError where they cannot be packed as asked."""
         if self.packed:
             require_packing(encoder)
-        return PackedBatches if self.packed or (self.packed is None and encoder.packs) else TokenBatches
+        packed = encoder.packs and jax.default_backend() != "cpu" if self.packed is None else self.packed
+        return PackedBatches if packed else TokenBatches
 
     def optimizer(self, labels: Mapping[str, str], steps: int) -> optax.GradientTransformation:
         """The optimiser of `steps` batches: clipped, each group at its own rate, one schedule for all."""

@@ -33,7 +33,7 @@ from pluralprefs.encoders.tokens import Rendered, Text, bucket, pad
 from pluralprefs.types import Comparisons, Item, Tokens
 
 MULTIPLE = 16  # of which the length of a packed row is one
-PADDING = 0.05  # with less of it a packed row is long enough
+PADDING = 0.15  # with no more of it a packed row is long enough
 
 
 @dataclass(frozen=True)

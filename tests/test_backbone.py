@@ -50,7 +50,7 @@ from pluralprefs.types import Comparisons, Item, Params
 from pluralprefs.users import Pooled, Users
 
 RATES = {name: partial(optax.sgd, learning_rate=0.2) for name in ("backbone", "head")}
-SMALL = Backbone(lora=None, optimizers=RATES, epochs=2, batch_tokens=8 * 48, warmup=0.0)
+SMALL = Backbone(lora=None, optimizers=RATES, epochs=2, batch_tokens=8 * 48, packed=True, warmup=0.0)
 
 
 @pytest.fixture(scope="module")

@@ -186,15 +186,19 @@ def test_packed_losses_and_gradients_are_those_of_a_text_a_row(folders):
     assert max(np.abs(leaf).max() for leaf in jax.tree.leaves(other.encoder)) > 0.01
 
 
-def test_what_reads_one_text_a_row_keeps_its_buckets_and_cannot_be_packed(folders):
+def test_what_reads_one_text_a_row_keeps_its_buckets_and_cannot_be_packed(folders, monkeypatch):
     decoder = encoders.load(folders / "llama", max_length=16)
     single = TextEncoder(
         params={}, graphdef=None, renderer=decoder.renderer, pooling="mean", normalise=False, joint=False,
         prompt=False, dim=4, dtype="float32", weights="", kind="bert",
     )  # fmt: skip
-    assert Backbone().batches(decoder) is PackedBatches
-    assert Backbone(packed=False).batches(decoder) is TokenBatches
-    assert Backbone().batches(single) is TokenBatches
+    for backend, usual in (("cpu", TokenBatches), ("gpu", PackedBatches)):
+        monkeypatch.setattr(jax, "default_backend", lambda backend=backend: backend)
+        assert Backbone().batches(decoder) is usual
+        assert Backbone(packed=True).batches(decoder) is PackedBatches
+        assert Backbone(packed=False).batches(decoder) is TokenBatches
+        assert Backbone().batches(single) is TokenBatches
+    monkeypatch.undo()
     message = "a row of a bert holds one text: it cannot be packed; leave backbone.packed out"
     with pytest.raises(EncoderError, match=message):
         Backbone(packed=True).batches(single)
