@@ -1,18 +1,19 @@
 """Question: with attribute dropout, can the predictors stay away at inference, and what are they worth?
 
-Command: python experiments/attribute_dropout.py [--folder palette] [--anchors 256]    (heads as in palette.py)
+Command: python experiments/attribute_dropout.py [--folder palette] [--fits "whole text; bradley_terry"] [--seeds 0]
 
-One community of the palette's world, so that nothing is about users; the text is read by frozen MiniLM. Three fits on
-the same rows: attribute attention with dropout, the same without, and Bradley-Terry, which sees no attributes. Each
-is scored with the predictors and, where it has them, without.
-Result (2026-11-21, seed 0, LOG.md has the table): attributes are worth 6.0 points [1.8, 9.9] on new prompts and 2.9
-[-0.3, 6.0] on new pairs of known ones; without the predictors the model loses 12.7 [8.8, 16.4] and 13.2 [9.1, 17.8]
-points, 14.9 and 17.1 where it was trained without dropout. "Within 1 point" is not met on frozen features.
+One community of the palette's world, so that nothing is about users; frozen MiniLM reads the text. Attribute attention
+with dropout, whose text branch reads the whole response alone or its sentences too, with or without a stand-in, and
+Bradley-Terry, which sees no attributes; each is scored with the predictors and, where it has them, without.
+Result (2026-11-22, seed 0, 8,000 comparisons; LOG.md has the table and what heads): without predictors a text branch
+that reads the whole response loses 4.0 and 9.0 points with a stand-in (13 without one, 2026-11-21), one that reads
+sentences 1.4 and 2.9, and 0.3 [-0.4, 1.0] and 0.2 [-1.2, 1.7] with twice the anchors and 2,027 unjudged responses.
 """
 
 from __future__ import annotations
 
 import argparse
+import time
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,38 +21,76 @@ from typing import Any
 import polars as pl
 from palette import predictors
 from rich.console import Console
-from rich.table import Table
 
 from pluralprefs import encoders
+from pluralprefs.attributes.reading import SentenceEncoder
 from pluralprefs.attributes.source import predicted
 from pluralprefs.contrasts import paired_difference
+from pluralprefs.data import splits
 from pluralprefs.data.lexicon import palette
 from pluralprefs.evaluate import evaluate
-from pluralprefs.experiment import FAMILIES, Experiment, Prepared, fit_seed, prepare, support
+from pluralprefs.experiment import FAMILIES, FINAL, Experiment, Prepared, fit_seed, prepare, support
+from pluralprefs.models.attribute_attention import AttributeAttention
+from pluralprefs.models.bradley_terry import BradleyTerry
 from pluralprefs.users import Pooled
 
-USERS, EACH, BOOTSTRAPS = 100, 40, 2000
+USERS, EACH, TEXTS, BOOTSTRAPS = 200, 40, 50, 2000  # texts of each of 42 prompts
+WIDTH = 96  # of the attention, whatever the size of the embedding: MiniLM's / 4
+WORLD, SPLIT = 0, {"unseen_users": 0.0}
 CELLS = ("seen/testpair", "seen/newprompt")
 WITHOUT = "no_attributes"  # the control that hides the predictors
 console = Console(width=140, soft_wrap=True)
 
 
-def experiments(folder: Path, anchors: int) -> dict[str, Experiment]:
-    """The three fits, by name."""
+def comparisons(seed: int = WORLD, texts: int = TEXTS) -> pl.DataFrame:
+    """The comparisons of one community, about so many texts of each of 42 prompts."""
+    return palette(
+        communities=1, users_per_community=USERS, comparisons_per_user=EACH, seed=seed, texts_per_prompt=texts,
+        phrases="all",
+    )  # fmt: skip
+
+
+def unjudged(seed: int = WORLD, texts: int = 60) -> list[str]:
+    """Responses to prompts of training rows that nobody judged: another draw of such texts, none of which is tested."""
+    table = splits.assign(comparisons(seed), **SPLIT).table
+    known = table.filter(pl.col("cell").is_in(FINAL))["prompt"].unique()
+    more = palette(
+        communities=1, users_per_community=150, comparisons_per_user=EACH, seed=seed + 77, texts_per_prompt=texts,
+        phrases="all",
+    ).filter(pl.col("prompt").is_in(known.implode()))  # fmt: skip
+    return sorted({*more["first"], *more["second"]} - {*table["first"], *table["second"]})
+
+
+def experiments(folder: Path, world: int = WORLD) -> dict[str, Experiment]:
+    """The fits, by name: what the text branch reads, whether it has a stand-in, whether there is dropout."""
     shared: dict[str, Any] = {
-        "data": partial(palette, communities=1, users_per_community=USERS, comparisons_per_user=EACH, seed=0,
-                        phrases="all"),
-        "encoder": partial(encoders.load, "minilm"), "data_name": "palette_one",
-        "features": {"log_length": True, "anchors": anchors} if anchors else {},
-        "users": Pooled(levels=(), gain=False, cross_fit=None), "split": {"unseen_users": 0.0}, "shots": (0,),
+        "data": partial(comparisons, world), "encoder": partial(encoders.load, "minilm"), "features": {},
+        "data_name": "palette_one",
+        "users": Pooled(levels=(), gain=False, cross_fit=None), "split": SPLIT, "shots": (0,),
         "draws": 1,
     }  # fmt: skip
-    attention = {**FAMILIES["attribute_attention"], **shared, "attributes": partial(predicted, str(folder))}
+    sentences = {"encoder": partial(SentenceEncoder.load, "minilm")}
+    finely = {"encoder": partial(SentenceEncoder.load, "minilm", anchors=1024)}
+    kernel = {"features": {"log_length": True, "anchors": 256}}
+    attention = {**FAMILIES["attribute_attention"], **shared, "attributes": partial(predicted, str(folder)),
+                 "model": partial(AttributeAttention.init, width=WIDTH)}  # fmt: skip
+    stand_in = {"model": partial(AttributeAttention.init, width=WIDTH, stand_in=True)}
     parts = {
-        "with dropout": attention,
-        "without dropout": {**attention, "transform": None},
-        "bradley_terry": {**FAMILIES["bradley_terry"], **shared},
-    }
+        "whole text": attention,
+        "whole text, stand-in": {**attention, **stand_in},
+        "sentences": {**attention, **sentences},
+        "sentences, stand-in": {**attention, **sentences, **stand_in},
+        "1,024 anchors, stand-in, unjudged": {
+            **attention,
+            **finely,
+            **stand_in,
+            "unlabelled": partial(unjudged, world),
+        },
+        "sentences, stand-in, no dropout": {**attention, **sentences, **stand_in, "transform": None},
+        "bradley_terry": {**FAMILIES["bradley_terry"], **shared, **kernel},
+        "bradley_terry, no item effects": {**shared, **kernel, "model": partial(BradleyTerry.init, item_effects=False)},
+        "bradley_terry, sentences": {**FAMILIES["bradley_terry"], **shared, **sentences},
+    }  # fmt: skip
     return {name: Experiment(name=name, **of) for name, of in parts.items()}
 
 
@@ -64,31 +103,36 @@ def predictions(asked: Experiment, prepared: Prepared, seed: int) -> pl.DataFram
     )  # fmt: skip
 
 
-def main(folder: Path, anchors: int, seed: int) -> None:
-    """Fit the three and print accuracies and paired differences."""
+def main(folder: Path, names: tuple[str, ...], seeds: tuple[int, ...], world: int) -> None:
+    """Fit them and print accuracies and paired differences."""
     predictors(folder)
-    found = {}
-    for name, asked in experiments(folder, anchors).items():
-        console.print(f"fitting: {name}")
-        found[name] = predictions(asked, prepare(asked, progress=False), seed)
+    found: dict[str, pl.DataFrame] = {}
+    for name, asked in experiments(folder, world).items():
+        if names and name not in names:
+            continue
+        begin, prepared = time.time(), prepare(asked, progress=False)
+        found[name] = pl.concat([predictions(asked, prepared, seed) for seed in seeds])
+        console.print(f"{name}: {time.time() - begin:.0f} s")
+        for cell in CELLS:
+            report(found, name, cell)
 
-    def of(name: str, cell: str, *, hidden: bool = False) -> pl.DataFrame:
+
+def report(found: dict[str, pl.DataFrame], name: str, cell: str) -> None:
+    """Print accuracy of a fit, what it loses without predictors, and what it gains on each Bradley-Terry."""
+
+    def of(name: str, *, hidden: bool = False) -> pl.DataFrame:
         control = pl.col("control") == WITHOUT if hidden else pl.col("control").is_null()
         return found[name].filter(control, pl.col("cell") == cell).with_columns(control=pl.lit(None, pl.String))
 
-    table = Table(title="Accuracy in points, 95 % intervals over users", title_justify="left")
-    for head in ("cell", "what", "points"):
-        table.add_column(head)
-    for cell in CELLS:
-        for name, rows in found.items():
-            plain = of(name, cell)
-            right = (plain["log_odds"] > 0).to_numpy() == (plain["target"] > 0.5).to_numpy()
-            table.add_row(cell, name, f"{100 * right.mean():.1f}")
-            if (rows["control"] == WITHOUT).any():
-                table.add_row(cell, f"{name}: predictors minus none", _difference(plain, of(name, cell, hidden=True)))
-        for other in ("without dropout", "bradley_terry"):
-            table.add_row(cell, f"with dropout minus {other}", _difference(of("with dropout", cell), of(other, cell)))
-    console.print(table)
+    plain, without = of(name), of(name, hidden=True)
+    right = (plain["log_odds"] > 0).to_numpy() == (plain["target"] > 0.5).to_numpy()
+    console.print(f"  {cell}: {100 * right.mean():.1f}")
+    if without.height:
+        console.print(f"    predictors minus none: {_difference(plain, without)}")
+    for other in found:
+        if name.startswith("bradley_terry") and not other.startswith("bradley_terry"):
+            console.print(f"    {other} minus it: {_difference(of(other), plain)}")
+            console.print(f"    {other} without predictors minus it: {_difference(of(other, hidden=True), plain)}")
 
 
 def _difference(one: pl.DataFrame, other: pl.DataFrame) -> str:
@@ -100,7 +144,9 @@ def _difference(one: pl.DataFrame, other: pl.DataFrame) -> str:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, default=Path("palette"))
-    parser.add_argument("--anchors", type=int, default=0, help="anchors of a kernel beside the embedding")
-    parser.add_argument("--seed", type=int, default=0)
-    asked = parser.parse_args()
-    main(asked.folder, asked.anchors, asked.seed)
+    parser.add_argument("--fits", default="", help="some of the fits, separated by semicolons; all by default")
+    parser.add_argument("--seeds", default="0", help="of the fits, comma-separated")
+    parser.add_argument("--world", type=int, default=WORLD, help="seed of the texts and comparisons")
+    given = parser.parse_args()
+    names = tuple(name.strip() for name in given.fits.split(";") if name)
+    main(given.folder, names, tuple(int(seed) for seed in given.seeds.split(",")), given.world)

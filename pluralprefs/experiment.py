@@ -9,7 +9,7 @@ predict, record.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -27,8 +27,9 @@ from pluralprefs.backbone import BACKBONE, Backbone, restore_backbone, save_back
 from pluralprefs.baselines import artefact_log_odds, length_only, majority_of_others, prediction_rows
 from pluralprefs.data import batches, splits
 from pluralprefs.encoders import load as load_encoder
+from pluralprefs.encoders.attributes import AttributeEncoder
 from pluralprefs.encoders.cache import encode_items
-from pluralprefs.encoders.features import Features
+from pluralprefs.encoders.features import Features, append
 from pluralprefs.evaluate import SEEN, UNSEEN, Adapter
 from pluralprefs.fitting import Fitted, Rows, take
 from pluralprefs.inferring import KNOTS, fit_inferred
@@ -47,7 +48,7 @@ from pluralprefs.pooling import fit_pooled, half_fits, shared_variance, tempered
 from pluralprefs.profiles import preference_variance
 from pluralprefs.train import attribute_dropout
 from pluralprefs.training import Report, Together, gradient_bases, temperature_scale
-from pluralprefs.types import InfersUser, Item, LinearInUser, Reduction
+from pluralprefs.types import InfersUser, Item, LearnsFromItems, LinearInUser, Reduction
 from pluralprefs.users import Pooled, Users
 
 TRAINING = ("train",)
@@ -78,6 +79,7 @@ class Experiment:
     encoder: Callable[[], Any] | None = None
     backbone: Backbone | None = None
     attributes: Callable[[], AttributeSource] | None = None
+    unlabelled: Callable[[], Sequence[str]] | None = None
     features: Mapping[str, Any] = field(default_factory=dict)
     users: Pooled = field(default_factory=Pooled)
     community: str = "community_id"
@@ -163,9 +165,14 @@ class Indexed:
 
 @dataclass(frozen=True)
 class Prepared(Indexed):
-    """Data as arrays: `Indexed` with the features of the items, and what the training of the encoder came to."""
+    """Data as arrays: `Indexed` with the features of the items, and what the training of the encoder came to.
+
+    `lesson` are the items that teach a `LearnsFromItems` family: those of training rows and the unlabelled, as numpy;
+    None without attributes.
+    """
 
     features: Item
+    lesson: Item | None
     maps: Features | None
     encoder: Any
     attributes: Any
@@ -210,7 +217,10 @@ def featured(
     encoder, features, maps = encode(experiment, table, items, encoder, progress=progress)
     features = features if source is None else attach(source, items, features)
     features = features.replace(index=item_positions(items, found.vocabulary))
-    return Prepared(**vars(found), features=features, maps=maps, encoder=encoder, attributes=source, backbone=notes)
+    lesson = _lesson(experiment, found, features, encoder, maps, source, progress=progress)
+    return Prepared(
+        **vars(found), features=features, lesson=lesson, maps=maps, encoder=encoder, attributes=source, backbone=notes
+    )
 
 
 def encode(
@@ -219,7 +229,7 @@ def encode(
     """Encode the items and append the feature columns, both fitted on the items of training rows."""
     known = items["item_id"].is_in(_training_items(table)).to_numpy()
     if hasattr(encoder, "fit"):
-        encoder = type(encoder).fit(items, items.filter(known)["item_key"])
+        encoder = encoder.fit(items, items.filter(known)["item_key"])
     item = encode_items(items, encoder, progress=progress)
     maps = None
     embedding = np.asarray(item.embedding, np.float32)
@@ -229,6 +239,27 @@ def encode(
         embedding = maps(embedding, length)
     item = jax.tree.map(jnp.asarray, item.replace(embedding=embedding))
     return encoder, item, maps
+
+
+def _lesson(
+    experiment: Experiment, found: Indexed, features: Item, encoder: Any, maps: Features | None, source: Any, *,
+    progress: bool,
+) -> Item | None:  # fmt: skip
+    """The items of training rows and the unlabelled responses, with their attributes; None where there are none.
+
+    Raises ValueError for unlabelled responses and an encoder that does not read responses alone.
+    """
+    if source is None:
+        return None
+    known = found.items["item_id"].is_in(_training_items(found.table)).to_numpy()
+    judged = jax.tree.map(lambda x: np.asarray(x)[known], features.replace(prompt=None, index=None))
+    if experiment.unlabelled is None:
+        return judged
+    if isinstance(encoder, AttributeEncoder) or encoder.joint:
+        raise ValueError("unlabelled: are responses alone, and this encoder reads none: set unlabelled to None")
+    said = pl.DataFrame({"prompt": "", "text": list(experiment.unlabelled())})
+    more = append(encode_items(said, encoder, progress=progress), maps, text_lengths(said)).replace(prompt=None)
+    return jax.tree.map(lambda a, b: np.concatenate([a, np.asarray(b)]), judged, attach(source, said, more))
 
 
 def _source(experiment: Experiment, table: pl.DataFrame, items: pl.DataFrame) -> Any:
@@ -326,7 +357,7 @@ def fit_seed(
     cell = prepared.table["cell"].to_numpy()
     train = take(prepared.rows, np.flatnonzero(np.isin(cell, TRAINING)))
     validation = take(prepared.rows, np.flatnonzero(cell == "validation"))
-    model = new_model(experiment, prepared.features, prepared.vocabulary, prepared.maps, seed)
+    model = new_model(experiment, prepared, seed)
     if isinstance(model, Residual):
         rows = take(prepared.rows, np.flatnonzero(np.isin(cell, FINAL))) if experiment.refit else train
         return _fit_inferred(experiment, prepared, model, train, validation, rows, seed, checkpoints,
@@ -361,7 +392,7 @@ def _fit(
     experiment: Experiment, prepared: Prepared, rows: Rows, validation: Rows | None, pooled: Pooled, *,
     seed: int, together: Together, scale: float = 1.0, stage: str = "fit",
 ) -> Fitted:  # fmt: skip
-    new = partial(new_model, experiment, prepared.features, prepared.vocabulary, prepared.maps)
+    new = partial(new_model, experiment, prepared)
     model = new(seed)
     users, communities = len(prepared.vocabulary.users), len(prepared.vocabulary.communities)
     linear = isinstance(model, LinearInUser)
@@ -434,11 +465,11 @@ def _scaled(base: Callable[..., tuple[Any, Users]], scale: float) -> Callable[..
     return scaled
 
 
-def new_model(
-    experiment: Experiment, features: Item, vocabulary: batches.Vocabulary, maps: Features | None, seed: int
-) -> Any:
-    """Draw the family's initial parameters at the sizes of the data."""
-    return draw_model(experiment, seed, data_sizes(features, vocabulary, maps))
+def new_model(experiment: Experiment, prepared: Prepared, seed: int) -> Any:
+    """Draw the family's initial parameters at the sizes of the data; a family that learns from items is taught."""
+    model = draw_model(experiment, seed, data_sizes(prepared.features, prepared.vocabulary, prepared.maps))
+    learns = prepared.lesson is not None and isinstance(model, LearnsFromItems)
+    return model.taught(prepared.lesson) if learns else model
 
 
 def draw_model(experiment: Experiment, seed: int, sizes: Mapping[str, Any]) -> Any:

@@ -20,6 +20,7 @@ identified: what `preference` says of all people, the head can say as well. Attr
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from itertools import combinations
 from math import comb
@@ -78,6 +79,8 @@ def attribute_weights(
     Raises TypeError for a family without attributes.
     """
     _require_attributes(fitted.model, items)
+    if getattr(fitted.model, "stand_in", None) is not None:  # what is taken away is gone, not read from the text
+        fitted = replace(fitted, model=fitted.model.replace(stand_in=None))
     names = ["", *communities]
     found = [
         *_preferences(fitted, items, names),

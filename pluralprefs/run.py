@@ -36,6 +36,7 @@ from pluralprefs.adapting import (
     predict_rows,
     probability_std,
 )
+from pluralprefs.attributes.reading import SentenceEncoder
 from pluralprefs.attributes.source import COLUMNS
 from pluralprefs.attributes.source import restore as restore_source
 from pluralprefs.backbone import BACKBONE, restore_backbone
@@ -69,6 +70,7 @@ from pluralprefs.train import CheckpointStore
 from pluralprefs.types import Comparisons, Covariance, Item, ScalarReward, UserPosterior
 from pluralprefs.users import Users, neutral
 
+SENTENCES = "sentences.safetensors"  # the kernel of a sentence encoder, in a run folder
 ROW_FIELDS = ("first", "second", "target", "tie", "user", "community", "rater", "source", "offset", "weight")
 
 
@@ -90,6 +92,8 @@ def save_shared(folder: RunFolder, experiment: Experiment, prepared: Prepared) -
         save_arrays(path / "features.safetensors", flat(maps))
     if isinstance(prepared.encoder, AttributeEncoder):
         prepared.encoder.save(path / "encoder.json")
+    if isinstance(prepared.encoder, SentenceEncoder):
+        prepared.encoder.save(path / SENTENCES)
     if isinstance(prepared.attributes, AttributeEncoder):
         prepared.attributes.save(path / COLUMNS)
     elif prepared.attributes is not None:
@@ -457,8 +461,11 @@ def _with_cells(table: pl.DataFrame, known: np.ndarray, trained: np.ndarray) -> 
     return table.with_columns(pl.lit("test").alias("fold"), cell.alias("cell"))
 
 
-def load(path: str | Path, *, seed: int | None = None) -> Run:
+def load(path: str | Path, *, seed: int | None = None, attributes: bool = True) -> Run:
     """Load a run from its folder; `seed` chooses one of its fits, the first by default.
+
+    attributes: whether responses are given theirs, by predictors or from columns. Without them attribute_attention has
+    its stand-in, or w . h alone; states of users are the same.
 
     Raises RegistryError where the folder is no run or the seed is not fitted yet.
     """
@@ -492,7 +499,8 @@ def load(path: str | Path, *, seed: int | None = None) -> Run:
         items = Item(**{name: jnp.asarray(value) for name, value in loaded.items()})
     return Run(
         folder, experiment, params["model"], params["users"], vocabulary, _load_maps(where),
-        _encoder(experiment, where), _attributes(experiment, where), content["notes"][str(chosen)], rows, items,
+        _encoder(experiment, where), _attributes(experiment, where) if attributes else None,
+        content["notes"][str(chosen)], rows, items,
         judged, _fingerprint(params),
     )  # fmt: skip
 
@@ -508,7 +516,9 @@ def _encoder(experiment: Experiment, where: Path) -> Any:
     saved = where / "encoder.json"
     if saved.exists():
         return AttributeEncoder.restore(saved)
-    encoder = (experiment.encoder or AttributeEncoder)()
+    encoder: Any = (experiment.encoder or AttributeEncoder)()
+    if isinstance(encoder, SentenceEncoder):
+        return encoder.restore(where / SENTENCES)
     return restore_backbone(where / BACKBONE, experiment.backbone, encoder) if experiment.backbone else encoder
 
 

@@ -49,7 +49,7 @@ from pluralprefs.users import Pooled, Users, gather, neutral, part_names, penalt
 Report = Callable[[int, int, float], None]
 CHECKPOINT_SECONDS = 10.0  # what a kill can cost
 LEARN_STRENGTH = frozenset(5 * 2**i for i in range(12))
-FROZEN = (("users/.*(root|scale|residual)", "frozen"),)
+FROZEN = (("users/.*(root|scale|residual)|^model/stand_in/", "frozen"),)  # what other means than gradients fit
 
 
 class Together:

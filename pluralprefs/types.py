@@ -180,6 +180,13 @@ class Penalised(Protocol):
     def penalty(self, users: Any, batch: Comparisons[Item], key: Key) -> Float[Array, ""]: ...
 
 
+@runtime_checkable
+class LearnsFromItems(Protocol):
+    """Capability: a part that is fitted to items alone, before any comparison; no gradient moves it afterwards."""
+
+    def taught(self, items: Item) -> Self: ...
+
+
 class Likelihood(Protocol):
     """Nats of one row, given its log-odds. A pytree: may own learned scalars (temperature, tie threshold)."""
 

@@ -3,16 +3,21 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import polars as pl
 import pytest
 from families import DIM, FAMILIES, items, pick, rows, user
 
 import pluralprefs as pp
 from pluralprefs.data import comparisons
+from pluralprefs.likelihoods import Logistic
 from pluralprefs.models.attribute_attention import AttributeAttention
 from pluralprefs.profiles import over_seeds, profile_table
 from pluralprefs.run import load
-from pluralprefs.train import attribute_dropout
+from pluralprefs.train import attribute_dropout, grouped
+from pluralprefs.training import FROZEN
+from pluralprefs.types import Params
+from pluralprefs.users import Users
 
 ours, paper = FAMILIES["attribute_attention"], FAMILIES["prefpalette"]
 
@@ -194,3 +199,57 @@ def test_a_run_learns_what_each_community_likes_and_says_what_attributes_are_wor
     asked = comparisons.from_trl(table.head(5))
     scores = [run.score(asked)["log_odds"] for run in (found, again)]
     np.testing.assert_allclose(scores[0], scores[1], rtol=1e-5)
+
+
+def standing_in(seed=0):
+    """A model with a stand-in, and items whose attributes are linear in their embeddings."""
+    model = AttributeAttention.init(key=jax.random.key(seed), dim=DIM, attributes=3, attribute_dim=2, stand_in=True)
+    kernel = np.random.default_rng(seed).normal(size=(DIM, 3, 2)).astype(np.float32)
+    x = items(seed, count=200)
+    return model, x.replace(attributes=jnp.einsum("nh,hae->nae", x.embedding, kernel) + 0.5), kernel
+
+
+def test_a_stand_in_that_is_taught_takes_the_place_of_predictors():
+    model, x, kernel = standing_in()
+    model = model.taught(x)
+    np.testing.assert_allclose(model.stand_in["kernel"], kernel, rtol=1e-2, atol=1e-3)
+    state, item = user(model, 17), pick(x, 0)
+    for absent in (item.replace(attribute_mask=jnp.zeros(3, bool)), item.replace(attributes=None, attribute_mask=None)):
+        assert float(model.reward(state, absent)) == pytest.approx(float(model.reward(state, item)), rel=1e-3)
+    one = item.replace(attribute_mask=jnp.array([True, False, True]), attributes=item.attributes + 1.0)
+    mixed = item.replace(attributes=item.attributes + jnp.array([1.0, 0.0, 1.0])[:, None])
+    assert float(model.reward(state, one)) == pytest.approx(float(model.reward(state, mixed)), rel=1e-3)
+    assert float(model.replace(stand_in=None).reward(state, pick(x, 0))) == float(model.reward(state, item))
+
+
+def test_a_stand_in_learns_an_attribute_from_the_items_that_have_it():
+    model, x, kernel = standing_in(1)
+    mask = np.ones((200, 3), bool)
+    mask[:100, 1], mask[:, 2] = False, False
+    hidden = jnp.where(mask[:, :, None], x.attributes, jnp.nan)
+    found = model.taught(x.replace(attributes=hidden, attribute_mask=jnp.asarray(mask))).stand_in
+    np.testing.assert_allclose(found["kernel"][:, :2], kernel[:, :2], rtol=1e-2, atol=1e-3)
+    assert not np.asarray(found["kernel"][:, 2]).any()
+
+
+def test_comparisons_never_move_a_stand_in():
+    model, x, _ = standing_in(2)
+    model = model.taught(x)
+    state = user(model, 18)
+
+    def reward(stand_in):
+        return model.replace(stand_in=stand_in).reward(state, pick(x, 0).replace(attribute_mask=jnp.zeros(3, bool)))
+
+    assert all(not np.asarray(leaf).any() for leaf in jax.tree.leaves(jax.grad(reward)(model.stand_in)))
+    update = grouped({"all": optax.adamw(1e-2, weight_decay=0.1)}, FROZEN, default="all")
+    params = Params(model, Users.init(model, users=1, communities=1), Logistic())
+    moved, _ = update.update(jax.tree.map(jnp.ones_like, params), update.init(params), params)
+    assert not any(np.asarray(leaf).any() for leaf in jax.tree.leaves(moved.model.stand_in))
+    assert np.asarray(moved.model.head).all()
+
+
+def test_the_published_model_has_no_stand_in():
+    with pytest.raises(ValueError, match="no stand-in"):
+        AttributeAttention.init(key=jax.random.key(0), dim=4, attributes=2, attribute_dim=4, paper=True, stand_in=True)
+    published = paper()
+    assert published.taught(items(0)) is published

@@ -272,3 +272,16 @@ def test_a_family_without_attributes_is_refused():
     fitted.model = FAMILIES["low_rank_free"]()
     with pytest.raises(TypeError, match="attribute_attention"):
         attribute_weights(fitted, Item(embedding=x.embedding), fitted.rows, ("cats", "dogs"), NAMES)
+
+
+def test_ablation_takes_an_attribute_away_and_lets_nothing_stand_in_for_it():
+    fitted, x = fitted_and_items()
+    draw = np.random.default_rng(5)
+    stand_in = {"kernel": draw.normal(size=(4, 3, 4)), "bias": draw.normal(size=(3, 4))}
+    with_it = fitted.model.replace(stand_in={name: jnp.asarray(leaf, jnp.float32) for name, leaf in stand_in.items()})
+    plain, other = (
+        attribute_weights(Fitted(model, fitted.users, fitted.rows), x, fitted.rows, ["a", "b"], NAMES)
+        for model in (fitted.model, with_it)
+    )
+    for kind in ("ablation", "shapley"):
+        np.testing.assert_allclose(of(other, "", kind), of(plain, "", kind), atol=1e-6)

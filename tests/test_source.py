@@ -2,7 +2,10 @@
 
 import sys
 from dataclasses import replace
+from functools import partial
+from string import ascii_lowercase
 
+import jax
 import numpy as np
 import polars as pl
 import pytest
@@ -19,9 +22,10 @@ from pluralprefs.data.files import DataError
 from pluralprefs.data.ids import MESSAGES
 from pluralprefs.data.lexicon import attributes, palette, palette_world
 from pluralprefs.encoders.tokens import plain
-from pluralprefs.experiment import prepare
+from pluralprefs.experiment import new_model, prepare
 from pluralprefs.models.attribute_attention import AttributeAttention
 from pluralprefs.run import load
+from pluralprefs.types import Item
 
 NAMES = ("length", "vowels")
 
@@ -139,7 +143,7 @@ def test_a_run_keeps_its_predictors_scores_new_texts_and_profiles_users(folder, 
     data = folder / "data.parquet"
     judgements().write_parquet(data)
     few = ["epochs=5", "shots=[0,4]", "draws=1", "users.rounds=2", "users.cross_fit=null", "controls=false",
-           "refit=false"]  # fmt: skip
+           "refit=false", "model.stand_in=true"]  # fmt: skip
     run = pp.fit(data, model="attribute_attention", encoder="attributes", attributes=folder, root=folder / "runs",
                  overrides=few, progress=False)  # fmt: skip
     assert (run.folder.path / source.PREDICTORS).is_file()
@@ -152,6 +156,16 @@ def test_a_run_keeps_its_predictors_scores_new_texts_and_profiles_users(folder, 
     scores = [one.score(new)["log_odds"] for one in (run, again)]
     np.testing.assert_allclose(scores[0], scores[1], rtol=1e-5)
     assert (scores[0] > 0).all()  # "yes" likes vowels, "no" does not
+    without = load(run.folder.path, attributes=False)
+    assert without.attributes is None
+    assert without.fingerprint == again.fingerprint
+    item = jax.tree.map(lambda x: x[0], again.arrays(new)[0])
+    state = without.users.population
+    masked = item.replace(attribute_mask=item.attribute_mask & False)
+    bare = item.replace(attributes=None, attribute_mask=None)
+    assert float(without.model.reward(state, bare)) == float(again.model.reward(state, masked))
+    assert without.arrays(new)[0].attributes is None
+    assert np.isfinite(without.score(new)["log_odds"]).all()
     profile = again.profile()
     assert set(profile["kind"]) == {"preference", "attention"}
     assert profile["user"].n_unique() == len(set(np.asarray(again.rows.user)))
@@ -203,6 +217,42 @@ def test_a_source_of_ones_own_is_asked_for_all_that_a_run_needs():
     found = prepare(replace(experiment, attributes=Saved), progress=False)
     assert isinstance(found.attributes, source.AttributeSource)
     assert found.features.attributes.shape == (found.items.height, 1, 1)
+
+
+def test_unlabelled_responses_teach_a_stand_in_and_test_responses_do_not(folder, monkeypatch):
+    class Reader:
+        joint = prompt = False
+        dim = 27
+
+    def read(items, encoder, **_):
+        return Item(embedding=letters(items["text"].to_list()))
+
+    monkeypatch.setattr(sys.modules["pluralprefs.experiment"], "encode_items", read)
+    judged = comparisons.from_trl(judgements().drop("attr:x:first", "attr:x:second"))
+    judged = judged.with_columns(fold=pl.lit("train"), cell=pl.lit("train"))
+    words = ["tea", "nth", "queue", "rhythm", "area", "shh", "audio", "myth"]
+    tested = judged["first"].is_in(["audio", "shh"]) | judged["second"].is_in(["audio", "shh"])
+    judged = judged.with_columns(cell=pl.when(tested).then(pl.lit("seen/testpair")).otherwise("cell"))
+    more = [one + two * n for one in ascii_lowercase for two in "aeiou" for n in range(4)]
+    experiment = pp.Experiment(
+        data=lambda: judged, encoder=Reader, model=partial(AttributeAttention.init, stand_in=True),
+        attributes=partial(source.predicted, folder), features={"log_length": True}, unlabelled=lambda: more,
+    )  # fmt: skip
+    found = prepare(experiment, progress=False)
+    taught = found.items["text"].is_in(set(words) - {"audio", "shh"}).sum()
+    assert len(found.lesson.embedding) == taught + len(more)
+    model = new_model(experiment, found, 0)
+    alone = found.features.replace(attributes=None, attribute_mask=None)
+    vowels = found.items["text"].str.count_matches("[aeiou]").to_numpy() / 10
+    read_back = jax.vmap(lambda item: model._attributes(item)[0][1, 0])(alone)
+    np.testing.assert_allclose(read_back, vowels, atol=0.02)
+    with pytest.raises(ValueError, match="unlabelled: are responses alone"):
+        prepare(replace(experiment, encoder=lambda: replace_joint(Reader)), progress=False)
+
+
+def replace_joint(reader):
+    """The reader, of prompts and responses together."""
+    return type("Joint", (reader,), {"joint": True})()
 
 
 def test_attributes_are_refused_where_nothing_reads_them(folder):

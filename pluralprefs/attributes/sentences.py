@@ -33,11 +33,11 @@ def sentences(text: str) -> list[str]:
     return [part for part in END.split(text.strip()) if part] or [text]
 
 
-def kernel(texts: Sequence[str], embed: Embed, width: float) -> Features:
+def kernel(texts: Sequence[str], embed: Embed, width: float, anchors: int = ANCHORS) -> Features:
     """Fit the kernel's features to the sentences of texts; `width` is in units of their median distance."""
     found = sorted({sentence for text in texts for sentence in sentences(text)})
     embedding = np.asarray(embed(found), np.float32)
-    return Features.fit(embedding, np.zeros(len(found)), log_length=False, anchors=ANCHORS, width=width)
+    return Features.fit(embedding, np.zeros(len(found)), log_length=False, anchors=anchors, width=width)
 
 
 def read(texts: Sequence[str], embed: Embed, maps: Features) -> Float[np.ndarray, "texts features"]:

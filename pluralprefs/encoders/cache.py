@@ -72,6 +72,8 @@ def encode_items(items: pl.DataFrame, encoder: Any, *, cache: Cache = None, prog
     """
     if isinstance(encoder, AttributeEncoder):
         return encoder(items)
+    if hasattr(encoder, "fit"):  # it splits texts before they become tokens
+        return encoder(items, cache=cache, progress=progress)
     texts, prompts = item_texts(items, encoder)
     embedding = encode_texts(encoder, texts, cache=cache, progress=progress)
     prompt = encode_texts(encoder, prompts, cache=cache, progress=progress) if encoder.prompt else None

@@ -14,6 +14,11 @@ say. Zero states give the paper's model back, and `paper=True` leaves out what w
 Where we depart: the paper has one model per community and V_i = I, which needs attribute embeddings as wide as h;
 a_i, so that two attributes with equal embeddings may count differently; c_u and p_u. `context=False` is the paper's
 ablation, s_i = v' tanh(k_i) + b_v. The head and the sums are float32 whatever the encoder's precision.
+
+Without predictors (ours too): `stand_in=True` puts S_i'h + s_i in the place of an e_i that is not at hand, so that
+attention, values and everybody's preferences go on to apply. `taught` fits these maps by ridge regression of e_i on h
+before the comparisons, on any texts that predictors have read, judged or not; comparisons never move them. Attribute
+dropout then teaches all else to live with them.
 """
 
 from __future__ import annotations
@@ -22,9 +27,11 @@ from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 from jaxtyping import Array, Bool, Float
 
+from pluralprefs.models.layers import ridge
 from pluralprefs.types import Item, Key
 
 
@@ -39,22 +46,26 @@ class AttributeAttention:
     value: Float[Array, "attributes attribute_dim dim"]
     gain: Float[Array, ""]
     head: Float[Array, " dim"]
+    stand_in: dict[str, Array] | None = None
     paper: bool = struct.field(pytree_node=False, default=False)
     context: bool = struct.field(pytree_node=False, default=True)
 
     @classmethod
     def init(
         cls, *, key: Key, dim: int, attributes: int, attribute_dim: int = 1, width: int | None = None,
-        paper: bool = False, context: bool = True, **_: Any,
+        paper: bool = False, context: bool = True, stand_in: bool = False, **_: Any,
     ) -> Self:  # fmt: skip
         """Draw parameters. `width` of the attention is dim / 4 by default; the gain starts at 0.5.
 
-        `paper` gives the published model and raises ValueError unless attribute_dim = dim.
+        `paper` gives the published model and raises ValueError unless attribute_dim = dim, and with a `stand_in`, which
+        says nothing (zeros) until it is `taught`.
         """
         if not attributes:
             raise ValueError("attribute_attention needs attributes: give the data `attr:` columns, or predictors")
         if paper and attribute_dim != dim:
             raise ValueError(f"paper=True adds raw embeddings of size {attribute_dim} to {dim}: the two must be equal")
+        if paper and stand_in:
+            raise ValueError("paper=True has no stand-in for predictors: without them its reward is w . h")
         width = max(dim // 4, 1) if width is None else width
         keys = jax.random.split(key, 5)
         eye = jnp.broadcast_to(jnp.eye(attribute_dim, dim), (attributes, attribute_dim, dim))
@@ -67,6 +78,7 @@ class AttributeAttention:
             value=value,
             gain=jnp.asarray(0.5),
             head=_draw(keys[3], dim, 1)[:, 0],
+            stand_in=_blank(dim, attributes, attribute_dim) if stand_in else None,
             paper=paper,
             context=context,
         )  # fmt: skip
@@ -75,8 +87,27 @@ class AttributeAttention:
         attributes = self.identity.shape[0]
         return {"attention": jnp.zeros(attributes), "preference": jnp.zeros(attributes)}
 
+    def taught(self, items: Item) -> Self:
+        """The model whose stand-in reads the attributes of these items [items] from their embeddings, as far as it can.
+
+        Ridge regression; its strength, an attribute's own, is chosen by generalised cross-validation. An attribute that
+        no item has stays zero. Without a stand-in the model comes back as it is.
+        """
+        if self.stand_in is None or items.attributes is None:
+            return self
+        found = {name: np.array(leaf) for name, leaf in self.stand_in.items()}
+        h, e = np.asarray(items.embedding, np.float64), np.asarray(items.attributes)
+        mask = np.ones(e.shape[:2], bool) if items.attribute_mask is None else np.asarray(items.attribute_mask)
+        for pattern in np.unique(mask, axis=1).T:  # attributes of the same items are solved together
+            own = (mask == pattern[:, None]).all(0)
+            if pattern.any():
+                kernel, bias = ridge(h[pattern], e[pattern][:, own].reshape(pattern.sum(), -1))
+                found["kernel"][:, own] = kernel.reshape(h.shape[1], own.sum(), -1)
+                found["bias"][own] = bias.reshape(own.sum(), -1)
+        return self.replace(stand_in={name: jnp.asarray(leaf) for name, leaf in found.items()})
+
     def attribute_weights(self, user: dict[str, Array], item: Item) -> Float[Array, " attributes"]:
-        """The attention alpha of a response's attributes, which sums to 1; 0 where an attribute is not at hand."""
+        """The attention alpha of a response's attributes, which sums to 1; 0 for one neither at hand nor stood in."""
         embeddings, mask = self._attributes(item)
         keys = embeddings @ self.key["kernel"] + self.key["bias"][None, :]
         keys = keys if self.paper else keys + self.identity
@@ -103,13 +134,20 @@ class AttributeAttention:
         return self.reward(user, first) - self.reward(user, second)
 
     def _attributes(self, item: Item) -> tuple[Float[Array, "attributes attribute_dim"], Bool[Array, " attributes"]]:
-        """Embeddings, zero where not at hand, and the mask; predictors get no gradient."""
+        """Embeddings and which of them count: the others are zero, or their stand-ins; no gradient into predictors."""
         attributes, attribute_dim, _ = self.value.shape
-        if item.attributes is None:
-            return jnp.zeros((attributes, attribute_dim)), jnp.zeros(attributes, bool)
-        mask = jnp.ones(attributes, bool) if item.attribute_mask is None else item.attribute_mask
-        embeddings = _wide(jax.lax.stop_gradient(item.attributes))
-        return jnp.where(mask[:, None], embeddings, 0.0), mask
+        embeddings, mask = jnp.zeros((attributes, attribute_dim)), jnp.zeros(attributes, bool)
+        if item.attributes is not None:
+            mask = jnp.ones(attributes, bool) if item.attribute_mask is None else item.attribute_mask
+            embeddings = jnp.where(mask[:, None], _wide(jax.lax.stop_gradient(item.attributes)), 0.0)
+        if self.stand_in is None:
+            return embeddings, mask
+        read = jnp.einsum("h,hae->ae", _wide(item.embedding), self.stand_in["kernel"]) + self.stand_in["bias"]
+        return jnp.where(mask[:, None], embeddings, jax.lax.stop_gradient(read)), jnp.ones(attributes, bool)
+
+
+def _blank(dim: int, attributes: int, attribute_dim: int) -> dict[str, Array]:
+    return {"kernel": jnp.zeros((dim, attributes, attribute_dim)), "bias": jnp.zeros((attributes, attribute_dim))}
 
 
 def _wide(x: Float[Array, "*any"]) -> Float[Array, "*any"]:
