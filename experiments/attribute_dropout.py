@@ -36,7 +36,8 @@ from pluralprefs.users import Pooled
 
 USERS, EACH, TEXTS, BOOTSTRAPS = 200, 40, 50, 2000  # texts of each of 42 prompts
 WIDTH = 96  # of the attention, whatever the size of the embedding: MiniLM's / 4
-WORLD, SPLIT = 0, {"unseen_users": 0.0}
+WORLD = 0
+SPLIT: dict[str, Any] = {"unseen_users": 0.0}
 CELLS = ("seen/testpair", "seen/newprompt")
 WITHOUT = "no_attributes"  # the control that hides the predictors
 console = Console(width=140, soft_wrap=True)

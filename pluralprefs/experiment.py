@@ -468,8 +468,8 @@ def _scaled(base: Callable[..., tuple[Any, Users]], scale: float) -> Callable[..
 def new_model(experiment: Experiment, prepared: Prepared, seed: int) -> Any:
     """Draw the family's initial parameters at the sizes of the data; a family that learns from items is taught."""
     model = draw_model(experiment, seed, data_sizes(prepared.features, prepared.vocabulary, prepared.maps))
-    learns = prepared.lesson is not None and isinstance(model, LearnsFromItems)
-    return model.taught(prepared.lesson) if learns else model
+    lesson = prepared.lesson
+    return model.taught(lesson) if lesson is not None and isinstance(model, LearnsFromItems) else model
 
 
 def draw_model(experiment: Experiment, seed: int, sizes: Mapping[str, Any]) -> Any:

@@ -32,11 +32,11 @@ from flax import struct
 from jaxtyping import Array, Bool, Float
 
 from pluralprefs.models.layers import ridge
-from pluralprefs.types import Item, Key
+from pluralprefs.types import Item, Key, Replaceable
 
 
 @struct.dataclass
-class AttributeAttention:
+class AttributeAttention(Replaceable):
     """See the module. Sizes: dim of h, attributes A, attribute_dim of e_i, width of the attention."""
 
     query: dict[str, Array]
