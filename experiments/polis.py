@@ -44,4 +44,9 @@ pooled = Pooled(
     levels=("community", "user"), population_temper=(0.1, 0.03, 0.01), population_parts=("linear",), gain=False,
     residual=True, cross_fit="item", folds=3, rounds=5,
 )  # fmt: skip
-experiments = base | {"bradley_terry": replace(base["bradley_terry"], features={}, users=pooled)}
+# A full covariance trusts dependent pairs most: validation rows choose how far.
+tempered = replace(base["low_rank"].users, temper=(1.0, 0.3, 0.1, 0.03))
+experiments = base | {
+    "bradley_terry": replace(base["bradley_terry"], features={}, users=pooled),
+    "low_rank": replace(base["low_rank"], users=tempered),
+}

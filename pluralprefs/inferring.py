@@ -64,11 +64,19 @@ def fit_inferred(
 
     population(mask) gives a linear family and its fitted state, as `pooling.population_by_newton` does. With no level
     "user", or too few users to hold any out, the population is all there is. Raises ValueError for levels that the
-    family cannot have.
+    family cannot have, and for settings of `Pooled` that would change nothing.
     """
     if "community" in pooled.levels:
         raise ValueError(f"{type(model.family).__name__} infers users and has no community level: set users.levels to "
                          '["user"]')  # fmt: skip
+    default = Pooled()
+    for name in ("temper", "parts", "covariance"):  # what only users that are fitted have
+        if getattr(pooled, name) != getattr(default, name):
+            raise ValueError(f"{type(model.family).__name__} infers users, which users.{name} does not change: leave "
+                             "it out")  # fmt: skip
+    if pooled.residual is True:
+        raise ValueError(f"{type(model.family).__name__} infers users, which users.residual = true does not change: "
+                         "give a number")  # fmt: skip
     base, table = population(None)
     model = model.replace(population=base, weights=table.population)
     judged = rows.replace(offset=out_of_fold(population, items, rows, pooled))

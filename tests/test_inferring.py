@@ -288,6 +288,9 @@ def test_a_level_of_communities_is_refused_and_without_a_level_of_users_all_are_
                 "epochs": 1, "batch_size": 8, "seed": 0, "notes": {}}  # fmt: skip
     with pytest.raises(ValueError, match="no community level"):
         fit_inferred(model, X, table, Pooled(levels=("community", "user")), **settings)
+    for ignored in ({"temper": (1.0, 0.5)}, {"parts": ("linear",)}, {"covariance": "full"}, {"residual": True}):
+        with pytest.raises(ValueError, match=f"users.{next(iter(ignored))} "):
+            fit_inferred(model, X, table, Pooled(**ignored), **settings)
     model = Residual.init(population=population, family=model.family, knots=len(KNOTS))
     alone = fit_inferred(model, X, table, Pooled(levels=(), cross_fit=None), **settings)
     np.testing.assert_array_equal(alone.model.trust, 0.0)
