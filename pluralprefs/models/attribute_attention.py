@@ -23,7 +23,7 @@ dropout then teaches all else to live with them.
 
 from __future__ import annotations
 
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
@@ -33,6 +33,16 @@ from jaxtyping import Array, Bool, Float
 
 from pluralprefs.models.layers import ridge
 from pluralprefs.types import Item, Key, Replaceable
+
+
+class _Read(NamedTuple):
+    """Of an item: w . h, and of every attribute its score before c_u, w . V_i e_i, z_i, and whether it counts."""
+
+    own: Float[Array, "*batch"]
+    score: Float[Array, "*batch attributes"]
+    shown: Float[Array, "*batch attributes"]
+    calibrated: Float[Array, "*batch attributes"]
+    mask: Bool[Array, "*batch attributes"]
 
 
 @struct.dataclass
@@ -49,6 +59,7 @@ class AttributeAttention(Replaceable):
     stand_in: dict[str, Array] | None = None
     paper: bool = struct.field(pytree_node=False, default=False)
     context: bool = struct.field(pytree_node=False, default=True)
+    is_reduced: bool = struct.field(pytree_node=False, default=False)
 
     @classmethod
     def init(
@@ -108,30 +119,51 @@ class AttributeAttention(Replaceable):
 
     def attribute_weights(self, user: dict[str, Array], item: Item) -> Float[Array, " attributes"]:
         """The attention alpha of a response's attributes, which sums to 1; 0 for one neither at hand nor stood in."""
-        embeddings, mask = self._attributes(item)
-        keys = embeddings @ self.key["kernel"] + self.key["bias"][None, :]
-        keys = keys if self.paper else keys + self.identity
-        if self.context:
-            query = _wide(item.embedding) @ self.query["kernel"] + self.query["bias"]
-            keys = keys + query[None, :]
-        scores = jnp.tanh(keys) @ self.score["kernel"] + self.score["bias"]
-        scores = scores if self.paper else scores + user["attention"]
-        top = jax.lax.stop_gradient(jnp.max(jnp.where(mask, scores, -jnp.inf), initial=-1e30))
-        weights = jnp.where(mask, jnp.exp(jnp.where(mask, scores - top, 0.0)), 0.0)
-        return weights / jnp.maximum(jnp.sum(weights), 1e-30)
+        return self._weights(user, self._read(item))
 
     def reward(self, user: dict[str, Array], item: Item) -> Float[Array, ""]:
-        embeddings, mask = self._attributes(item)
-        weights = self.attribute_weights(user, item)
-        # head . V_i e_i as (V_i' head) . e_i: the sum over h is the same for all responses, not one for each
-        shown = self.head[None, :] if self.paper else jnp.einsum("adh,h->ad", self.value, self.head)
-        reward = self.head @ _wide(item.embedding) + self.gain * (weights @ jnp.sum(embeddings * shown, axis=1))
+        read = self._read(item)
+        reward = read.own + self.gain * (self._weights(user, read) @ read.shown)
         if self.paper:
             return reward
-        return reward + jnp.sum(jnp.where(mask, user["preference"] * embeddings[:, 0], 0.0))
+        return reward + jnp.sum(jnp.where(read.mask, user["preference"] * read.calibrated, 0.0))
 
     def log_odds(self, user: dict[str, Array], first: Item, second: Item) -> Float[Array, ""]:
         return self.reward(user, first) - self.reward(user, second)
+
+    def reduced(self, items: Item) -> tuple[Self, Item]:
+        """`types.ReducesItems`: items are w . h and, of every attribute, its score without the user, w . V e and z."""
+        if self.is_reduced:
+            return self, items
+        read = jax.vmap(self._read)(items)
+        attributes = jnp.stack([read.score, read.shown, read.calibrated], axis=-1)
+        less = Item(embedding=read.own[:, None], attributes=attributes, attribute_mask=read.mask, index=items.index)
+        return self.replace(is_reduced=True), less
+
+    def _weights(self, user: dict[str, Array], read: _Read) -> Float[Array, " attributes"]:
+        scores = read.score if self.paper else read.score + user["attention"]
+        top = jax.lax.stop_gradient(jnp.max(jnp.where(read.mask, scores, -jnp.inf), initial=-1e30))
+        weights = jnp.where(read.mask, jnp.exp(jnp.where(read.mask, scores - top, 0.0)), 0.0)
+        return weights / jnp.maximum(jnp.sum(weights), 1e-30)
+
+    def _read(self, item: Item) -> _Read:
+        """All that the reward needs to know of an item, whoever the user is."""
+        if self.is_reduced:
+            assert item.attributes is not None
+            assert item.attribute_mask is not None
+            score, shown, calibrated = item.attributes.T
+            return _Read(item.embedding[0], score, shown, calibrated, item.attribute_mask)
+        embeddings, mask = self._attributes(item)
+        h = _wide(item.embedding)
+        keys = embeddings @ self.key["kernel"] + self.key["bias"][None, :]
+        keys = keys if self.paper else keys + self.identity
+        if self.context:
+            query = h @ self.query["kernel"] + self.query["bias"]
+            keys = keys + query[None, :]
+        scores = jnp.tanh(keys) @ self.score["kernel"] + self.score["bias"]
+        # head . V_i e_i as (V_i' head) . e_i: the sum over h is the same for all responses, not one for each
+        shown = self.head[None, :] if self.paper else jnp.einsum("adh,h->ad", self.value, self.head)
+        return _Read(self.head @ h, scores, jnp.sum(embeddings * shown, axis=1), embeddings[:, 0], mask)
 
     def _attributes(self, item: Item) -> tuple[Float[Array, "attributes attribute_dim"], Bool[Array, " attributes"]]:
         """Embeddings and which of them count: the others are zero, or their stand-ins; no gradient into predictors."""
