@@ -79,6 +79,8 @@ def solve_rows(
 ) -> Solution:  # fmt: skip
     """Solve for a deviation from the table's base with one latent value per row: any family, any user state."""
     unravel = ravel(neutral(model))[1]
+    if not support.target.shape[0]:  # a row that says nothing
+        support = jax.tree.map(lambda leaf: jnp.zeros((1, *leaf.shape[1:]), leaf.dtype), support)
 
     def at_base(row: Comparisons[Item]) -> tuple[Any, Float[Array, ""]]:
         base, _ = gather(users, row.community, jnp.asarray(-1))

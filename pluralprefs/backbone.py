@@ -128,6 +128,11 @@ class Backbone:
         names = [leaf_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
         return {name: next(label for pattern, label in rules if re.search(pattern, name)) for name in names}
 
+    def folder(self, encoder: TextEncoder) -> str:
+        """Name of a folder of checkpoints: another encoder, or other batches, begin anew."""
+        kind = "-packed" if self.batches(encoder) is PackedBatches else ""
+        return f"backbone-{encoder.weights[:16]}{kind}"
+
     def batches(self, encoder: TextEncoder) -> type[TokenBatches]:
         """How pairs are batched for this encoder. Raises EncoderError where they cannot be packed as asked."""
         if self.packed:

@@ -22,7 +22,7 @@ import optax
 import polars as pl
 
 from pluralprefs.adapt import laplace_user, stepped_user
-from pluralprefs.attributes.source import AttributeSource, checked
+from pluralprefs.attributes.source import AttributeSource, Predicted, checked
 from pluralprefs.backbone import BACKBONE, Backbone, restore_backbone, save_backbone, train_backbone
 from pluralprefs.baselines import artefact_log_odds, length_only, majority_of_others, prediction_rows
 from pluralprefs.data import batches, splits
@@ -246,11 +246,18 @@ def _lesson(
     experiment: Experiment, found: Indexed, features: Item, encoder: Any, maps: Features | None, source: Any, *,
     progress: bool,
 ) -> Item | None:  # fmt: skip
-    """The items of training rows and the unlabelled responses, with their attributes; None where there are none.
+    """The items of training rows and the unlabelled responses, with their attributes; None where nothing learns them.
 
-    Raises ValueError for unlabelled responses and an encoder that does not read responses alone.
+    Raises ValueError for unlabelled responses that nothing reads, or nothing learns from.
     """
-    if source is None:
+    if experiment.unlabelled is not None and not isinstance(source, Predicted):
+        raise ValueError("unlabelled: teaches what predictors say of responses, and there are none: give attributes "
+                         "that are predicted, or set unlabelled to None")  # fmt: skip
+    model = None if source is None else draw_model(experiment, 0, data_sizes(features, found.vocabulary, maps))
+    if not (isinstance(model, LearnsFromItems) and model.learns):
+        if experiment.unlabelled is not None:
+            raise ValueError("unlabelled: the family learns nothing from items; give it model.stand_in=true, or set "
+                             "unlabelled to None")  # fmt: skip
         return None
     known = found.items["item_id"].is_in(_training_items(found.table)).to_numpy()
     judged = jax.tree.map(lambda x: np.asarray(x)[known], features.replace(prompt=None, index=None))
@@ -258,7 +265,10 @@ def _lesson(
         return judged
     if isinstance(encoder, AttributeEncoder) or encoder.joint:
         raise ValueError("unlabelled: are responses alone, and this encoder reads none: set unlabelled to None")
-    said = pl.DataFrame({"prompt": "", "text": list(experiment.unlabelled())})
+    texts = list(experiment.unlabelled())
+    if not texts:
+        return judged
+    said = pl.DataFrame({"prompt": "", "text": texts})
     more = append(encode_items(said, encoder, progress=progress), maps, text_lengths(said)).replace(prompt=None)
     return jax.tree.map(lambda a, b: np.concatenate([a, np.asarray(b)]), judged, attach(source, said, more))
 
@@ -289,6 +299,8 @@ def _trained(
     features = Item(embedding=blank, prompt=blank if encoder.prompt else None)
     features = features if source is None else attach(source, items, features)
     model = draw_model(experiment, backbone.seed, data_sizes(features, found.vocabulary._replace(items=()), None))
+    if getattr(model, "stand_in", None) is not None:  # it is taught when the encoder is done
+        model = model.replace(stand_in=None)
     if isinstance(model, Residual):
         raise ValueError(f"backbone: {type(model.family).__name__} infers its users from episodes, beside which no "
                          "encoder is trained here: train it with another family, or set backbone to None")  # fmt: skip
@@ -299,7 +311,7 @@ def _trained(
         validation=take(found.rows, np.flatnonzero(cell == "validation")), pooled=experiment.users,
         users=len(found.vocabulary.users) if joint else 0, likelihood=experiment.likelihood,
         reduction=experiment.reduction, transform=experiment.transform,
-        checkpoints=keep and keep / "checkpoints" / f"backbone-{encoder.weights[:16]}", report=report,
+        checkpoints=keep and keep / "checkpoints" / backbone.folder(encoder), report=report,
     )  # fmt: skip
     if keep is not None:
         save_backbone(keep / BACKBONE, encoder, parameters)

@@ -64,7 +64,7 @@ def fit_inferred(
 
     population(mask) gives a linear family and its fitted state, as `pooling.population_by_newton` does. With no level
     "user", or too few users to hold any out, the population is all there is. Raises ValueError for levels that the
-    family cannot have, and for settings of `Pooled` that would change nothing.
+    family cannot have, and for a `temper`, `parts`, `covariance` or learned `residual`, which would change nothing.
     """
     if "community" in pooled.levels:
         raise ValueError(f"{type(model.family).__name__} infers users and has no community level: set users.levels to "

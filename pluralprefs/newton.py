@@ -86,7 +86,11 @@ def newton(
     zero = values(jnp.zeros(size))
     inside = values if gram is None else lambda x: zero + gram @ x
     along = (lambda a, x: a @ x) if gram is None else lambda _, x: gram @ x
-    square = (lambda x: x @ x) if gram is None else lambda x: x @ (gram @ x)
+    square = (lambda x: x @ x) if gram is None else lambda x: jnp.maximum(x @ (gram @ x), 0.0)
+    # Where rows repeat each other under a wide prior, x' a a' x cancels: what of it is rounding is no objective.
+    rounding = None if gram is None else jnp.finfo(gram.dtype).eps * jnp.abs(gram)
+    noise = (lambda _: 0.0) if rounding is None else lambda x: jnp.abs(x) @ (rounding @ jnp.abs(x))
+    moved = (lambda x: x) if gram is None else lambda x: gram @ x
 
     def objective(x: Vector) -> Float[Array, ""]:
         return jnp.sum(_nats(_logits(inside(x), rows), rows)) + 0.5 * square(x)
@@ -100,7 +104,7 @@ def newton(
         return found if gram is None or constant is None else found._replace(mean=constant.T @ found.mean)
 
     latents = jax.eval_shape(at, jnp.zeros(size)).shape[0]
-    mean = _descend(propose, jax.vmap(objective), square, size if gram is None else latents, steps)
+    mean = _descend(propose, jax.vmap(objective), moved, noise, size if gram is None else latents, steps)
     if not rounds:
         a = at(mean)
         gradient, curvature = _curvature(_logits(inside(mean), rows), rows, a.shape[0])
@@ -126,11 +130,12 @@ def newton(
 
 def _descend(
     propose: Callable[[Vector], Vector], objectives: Callable[[Float[Array, "trials size"]], Float[Array, " trials"]],
-    square: Callable[[Vector], Float[Array, ""]], size: int, steps: int,
+    moved: Callable[[Vector], Array], noise: Callable[[Vector], Any], size: int, steps: int,
 ) -> Vector:  # fmt: skip
     """Go from zero to the mode by steps that never raise the objective; of equally good ones by the longest.
 
-    `square` is the squared length of the deviation that a vector stands for.
+    `moved` is what a step changes, by which its size is judged; `noise` is what the objective is not sure of beyond the
+    rounding of its sum.
     """
 
     def step(carry: tuple) -> tuple:
@@ -138,8 +143,8 @@ def _descend(
         proposal = propose(beta)
         trials = jnp.stack([beta + t * (proposal - beta) for t in LENGTHS] + [beta])
         found = jnp.nan_to_num(objectives(trials), nan=jnp.inf)
-        new = trials[jnp.argmax(found <= jnp.min(found) + _rounding(found[-1]))]
-        return i + 1, new, jnp.sqrt(square(new - beta))
+        new = trials[jnp.argmax(found <= jnp.min(found) + _rounding(found[-1]) + noise(proposal))]
+        return i + 1, new, jnp.max(jnp.abs(moved(new - beta)))
 
     carry = (0, jnp.zeros(size), jnp.asarray(jnp.inf))
     return jax.lax.while_loop(lambda carry: (carry[0] < steps) & (carry[2] > 1e-4), step, carry)[1]
@@ -348,7 +353,7 @@ def by_coordinates(
         return Solution(mean, jnp.eye(size), jnp.eye(size) - covariance, evidence)
 
     objectives = partial(jax.lax.map, lambda b: nats(b, None) + 0.5 * b @ b)
-    mean = _descend(propose, objectives, lambda b: b @ b, size, steps)
+    mean = _descend(propose, objectives, lambda b: b, lambda _: 0.0, size, steps)
     if not rounds:
         _, covariance, determinant = settle(mean, None)
         return solution(mean, covariance, -nats(mean, None) - 0.5 * (mean @ mean + determinant))

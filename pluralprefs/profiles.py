@@ -79,8 +79,7 @@ def attribute_weights(
     Raises TypeError for a family without attributes.
     """
     _require_attributes(fitted.model, items)
-    if getattr(fitted.model, "stand_in", None) is not None:  # what is taken away is gone, not read from the text
-        fitted = replace(fitted, model=fitted.model.replace(stand_in=None))
+    fitted = _without_stand_in(fitted)
     names = ["", *communities]
     found = [
         *_preferences(fitted, items, names),
@@ -103,6 +102,7 @@ def user_weights(
     Attention is over the responses of the training rows. Raises TypeError for a family without attributes.
     """
     _require_attributes(fitted.model, items)
+    fitted = _without_stand_in(fitted)
     rows = _spread(fitted.rows)
     sample = Sample.of(items, rows)
     around = _community_slopes(fitted, items, sample, {community for community, *_ in users.values()})
@@ -257,10 +257,18 @@ def preference_variance(halves: Sequence[Fitted], items: Item, count: int) -> di
     variance of a fit to all (see `pooling.shared_variance`). An attribute's is the mean over `count` communities and
     `BORROWED` that stand at the mean of all attributes: shared parameters know some attributes less well than others.
     """
-    one, other = (np.stack([mean for mean, _ in community_slopes(half, items, count)]) for half in halves)
+    plain = map(_without_stand_in, halves)
+    one, other = (np.stack([mean for mean, _ in community_slopes(half, items, count)]) for half in plain)
     square = (one - other) ** 2 / 4
     found = (square[1:].sum(0) + BORROWED * square[1:].mean()) / (count + BORROWED) if count else 0.0 * square[0]
     return {"population": float(square[0].mean()), "community": found.tolist()}
+
+
+def _without_stand_in(fitted: Fitted) -> Fitted:
+    """The fit whose attributes are gone where they are taken away, not read from the text instead."""
+    if getattr(fitted.model, "stand_in", None) is None:
+        return fitted
+    return replace(fitted, model=fitted.model.replace(stand_in=None))
 
 
 def _preferences(fitted: Fitted, items: Item, names: Sequence[str]) -> Iterator[tuple[int, dict[str, Any]]]:

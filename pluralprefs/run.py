@@ -342,6 +342,8 @@ class Run:
                 self.vocabulary.users[u]: (_usual(rows.community[user == u]), p, int((user == u).sum()))
                 for u, p in found.items()
             }
+        if self.attributes is None and self.items.attributes is not None:
+            raise ValueError("profile: this run was loaded without its attributes; load it with attributes=True")
         names = self.attributes.names if self.attributes is not None else ()
         return user_weights(fitted, self.items, units, known, names)
 
@@ -424,6 +426,10 @@ class Run:
         if self.rows is None or self.items is None:
             return _no_rows(rows), items, rows
         shift = int(self.items.embedding.shape[0])
+        if self.items.attributes is not None and items.attributes is None:  # loaded without: new items have none
+            shape = (items.embedding.shape[0], *self.items.attributes.shape[1:])
+            none = jnp.zeros(shape, self.items.attributes.dtype)
+            items = items.replace(attributes=none, attribute_mask=jnp.zeros(shape[:2], bool))
         both = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), self.items, items)
         return self.rows, both, rows.replace(first=rows.first + shift, second=rows.second + shift)
 

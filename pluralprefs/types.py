@@ -155,7 +155,10 @@ class ReducesItems(RewardModel, Protocol):
     """Capability: what of an item no user changes is computed once, before users are fitted to it."""
 
     def reduced(self, items: Item) -> tuple[Self, Item]:
-        """Return a model and items [n, ...] with the same log-odds for every user. A second time changes nothing."""
+        """Return a model and items [n, ...] with the same log-odds for every user. A second time changes nothing.
+
+        Adapters are given these: what an item was before is not in them.
+        """
         ...
 
 
@@ -183,6 +186,11 @@ class Penalised(Protocol):
 @runtime_checkable
 class LearnsFromItems(Protocol):
     """Capability: a part that is fitted to items alone, before any comparison; no gradient moves it afterwards."""
+
+    @property
+    def learns(self) -> bool:
+        """Whether these parameters have such a part."""
+        ...
 
     def taught(self, items: Item) -> Self: ...
 

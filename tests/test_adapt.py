@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from families import arrays, pick, rows
+from families import FAMILIES, arrays, items, pick, rows
 from scipy.optimize import minimize
 from threadpoolctl import threadpool_info, threadpool_limits
 
@@ -18,7 +18,7 @@ from pluralprefs.blas import one_blas_thread
 from pluralprefs.fitting import CERTAIN, Fitted, _at_most, buckets, fit_strength, initial_root, solve_level, take
 from pluralprefs.models.bradley_terry import BradleyTerry
 from pluralprefs.models.ideal_point import IdealPoint
-from pluralprefs.newton import AWAY, Judgements
+from pluralprefs.newton import AWAY, Judgements, newton
 from pluralprefs.pooling import fit_pooled, half_fits, population_by_newton, residual_variance, shared_variance
 from pluralprefs.types import Item
 from pluralprefs.users import Pooled, Users, apply_root, part_names, ravel
@@ -73,6 +73,27 @@ def feature_columns(x):
     marked = table_deviation(model).replace(gain=jnp.ones(()))
     gain = int(np.argmax(np.asarray(ravel(marked)[0])))
     return np.insert(x.astype(np.float64), gain, 0.0, axis=1)
+
+
+@pytest.mark.parametrize("seed", [0, 3, 11])
+def test_rows_that_repeat_and_contradict_each_other_are_solved_under_a_wide_prior(seed):
+    draw = np.random.default_rng(seed)
+    half = draw.normal(size=(6, 40)).astype(np.float32)
+    a = jnp.asarray(1000 * np.concatenate([half, half]) / np.linalg.norm(half, axis=1).mean())
+    target, none = jnp.asarray(draw.integers(0, 2, 12), jnp.float32), jnp.zeros(12)
+    unit = Judgements(jnp.arange(12), jnp.full(12, -1), none, none, target, jnp.ones(12))
+    nats = lambda x: float(jnp.sum(jax.nn.softplus(a @ x) - target * (a @ x)) + 0.5 * x @ x)  # noqa: E731
+    dual, other = (newton(lambda x: a @ x, of, unit, 40, rounds=0) for of in (a, lambda _: a))
+    assert nats(dual.mean) < nats(other.mean) + 0.01
+
+
+def test_no_rows_at_all_give_the_prior():
+    for name in ("bradley_terry", "low_rank_free", "pal_a"):
+        model = FAMILIES[name]()
+        x = items(0)
+        none = jax.tree.map(lambda leaf: leaf[:0], rows(pick(x, slice(0, 2)), pick(x, slice(2, 4)), [1.0, 0.0]))
+        found = laplace_user(model, none, Users.init(model, users=0, communities=0))
+        np.testing.assert_allclose(ravel(found.mean)[0], 0.0, atol=1e-6)
 
 
 @pytest.mark.parametrize(("dim", "n"), [(3, 12), (12, 3)], ids=["primal", "dual"])
@@ -159,7 +180,7 @@ def test_hundreds_of_users_with_more_comparisons_than_unknowns_do_not_deadlock()
     """A batched Cholesky solve in Newton's loop hung at 0 % CPU on jax 0.10; a process of its own can be killed."""
     program = """
 import jax, jax.numpy as jnp, numpy as np
-from pluralprefs.newton import AWAY, Judgements
+from pluralprefs.newton import AWAY, Judgements, newton
 from pluralprefs.fitting import _solve_item_bucket
 from pluralprefs.models.bradley_terry import BradleyTerry
 from pluralprefs.models.ideal_point import IdealPoint

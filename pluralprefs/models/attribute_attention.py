@@ -98,6 +98,11 @@ class AttributeAttention(Replaceable):
         attributes = self.identity.shape[0]
         return {"attention": jnp.zeros(attributes), "preference": jnp.zeros(attributes)}
 
+    @property
+    def learns(self) -> bool:
+        """`types.LearnsFromItems`: whether there is a stand-in."""
+        return self.stand_in is not None
+
     def taught(self, items: Item) -> Self:
         """The model whose stand-in reads the attributes of these items [items] from their embeddings, as far as it can.
 
@@ -135,7 +140,7 @@ class AttributeAttention(Replaceable):
         """`types.ReducesItems`: items are w . h and, of every attribute, its score without the user, w . V e and z."""
         if self.is_reduced:
             return self, items
-        read = jax.vmap(self._read)(items)
+        read = jax.lax.map(self._read, items, batch_size=4096)  # keys of all items at once would not fit
         attributes = jnp.stack([read.score, read.shown, read.calibrated], axis=-1)
         less = Item(embedding=read.own[:, None], attributes=attributes, attribute_mask=read.mask, index=items.index)
         return self.replace(is_reduced=True), less

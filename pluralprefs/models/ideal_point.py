@@ -112,7 +112,9 @@ class IdealDirection:
         """`types.ReducesItems`: items are their f(e), prompts the g_k(h) of all prototypes, one after the other."""
         if self.is_reduced:
             return self, items
-        flat = None if items.prompt is None else jax.vmap(lambda item: self._directions(item).reshape(-1))(items)
+        flat = None
+        if items.prompt is not None:
+            flat = jax.lax.map(lambda item: self._directions(item).reshape(-1), items, batch_size=4096)
         items = items.replace(embedding=mlp(self.projector, items.embedding), prompt=flat)
         return replace(self, is_reduced=True), items
 
