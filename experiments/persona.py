@@ -14,7 +14,10 @@ controls=false and the variance of shared parameters; so too these on mixtures, 
 seen/testpair 77.0 [74.7, 79.1]; 0.471, unseen 76.1 [73.2, 78.8]; 0.489 at 32, individual 77.0 [74.8, 79.0]; 0.471,
 75.9 [72.9, 78.9]; 0.494. Unmixed, ideal_point, seeds 0 to 2 (NaN before Newton's steps were bounded): seen/testpair
 98.3 [97.6, 98.9]; 0.224, unseen 85.3; 0.365 at 2 shots, 95.8; 0.257 at 8, 98.3 [97.0, 99.3]; 0.215 at 32. Families
-that infer users were run with one seed by a script (LOG.md), the others not at all. Intervals are over users.
+that infer users were run with one seed by a script (LOG.md). Mixtures on 2026-11-22, seeds 0 to 2, --set
+controls=false: ideal_direction seen/testpair 76.8 [74.8, 78.7]; 0.484, unseen 73.6 [70.7, 76.7]; 0.520 at 32 shots
+(PAL-B with 4: 75.9; 0.491, 74.5; 0.507), bradley_terry_mlp 77.4 [75.2, 79.4]; 0.472, 76.0 [73.2, 78.6]; 0.493. Unmixed,
+ideal_direction, individual, bradley_terry and bradley_terry_mlp were not run. Intervals are over users.
 """
 
 import os
