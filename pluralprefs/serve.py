@@ -173,12 +173,36 @@ def read_get_reward(body: Mapping[str, Any], ends: Sequence[str]) -> list[Questi
     queries, prompts = _list(body, "query"), _list(body, "prompts", len(_list(body, "query")))
     responses: list[Text] = []
     for at, (query, prompt) in enumerate(zip(queries, prompts, strict=True)):
-        if not isinstance(query, str) or not isinstance(prompt, str) or not query.startswith(prompt):
+        behind = _behind(prompt, query) if isinstance(query, str) and isinstance(prompt, str) else None
+        if behind is None:
             raise Refused(
                 422, f"query[{at}]: is no text that begins with prompts[{at}]; send both as the policy read them"
             )
-        responses.append(_cut(query[len(prompt) :], ends))
+        responses.append(_cut(behind, ends))
     return _paired(body, responses)
+
+
+def _behind(prompt: str, query: str) -> str | None:
+    """What follows the prompt in a query; None where the query does not begin with it.
+
+    A query is decoded from tokens, which may have changed the spaces of its prompt.
+
+    >>> _behind("Which tea?", " Which tea ? Assam"), _behind("Which tea?", "Why? Assam")
+    (' Assam', None)
+    """
+    if query.startswith(prompt):
+        return query[len(prompt) :]
+    at = 0
+    for sign in "".join(prompt.split()):
+        while at < len(query) and query[at].isspace():
+            at += 1
+        if query[at : at + 1] != sign:
+            return None
+        at += 1
+    space = len(prompt) - len(prompt.rstrip())
+    while space and query[at : at + 1].isspace():
+        at, space = at + 1, space - 1
+    return query[at:]
 
 
 READERS = {"/score": read_score, "/rewards": read_rewards, "/get_reward": read_get_reward}

@@ -161,6 +161,10 @@ def test_trl_and_openrlhf_get_the_rewards_of_score(client):
     body = {"query": query, "prompts": prompts, "labels": ["", "", ""]}
     openrlhf = post(client, "/get_reward", body | {"user": users})
     np.testing.assert_allclose(openrlhf["rewards"], rewards, atol=1e-4)
+    # A tokenizer there and back may change spaces: OpenRLHF sends what it decodes.
+    decoded = [f" {prompt.replace(' ', '  ')}{said}<end>" for prompt, said in zip(prompts, completions, strict=True)]
+    spaced = post(client, "/get_reward", body | {"query": decoded, "user": users})
+    np.testing.assert_allclose(spaced["rewards"], rewards, atol=1e-4)
     ana = post(client, "/get_reward", body, params={"user": "ana"})  # where the body cannot carry a user
     assert ana["user_source"] == ["adapted"] * 3
     assert ana["rewards"][0] == pytest.approx(rewards[0], abs=1e-4)

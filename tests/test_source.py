@@ -165,7 +165,7 @@ def test_a_run_keeps_its_predictors_scores_new_texts_and_profiles_users(folder, 
     bare = item.replace(attributes=None, attribute_mask=None)
     assert float(without.model.reward(state, bare)) == float(again.model.reward(state, masked))
     assert without.arrays(new)[0].attributes is None
-    assert np.isfinite(without.score(new)["log_odds"]).all()
+    assert without.score(new)["log_odds"].is_finite().all()
     profile = again.profile()
     assert set(profile["kind"]) == {"preference", "attention"}
     assert profile["user"].n_unique() == len(set(np.asarray(again.rows.user)))
