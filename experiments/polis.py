@@ -48,9 +48,9 @@ pooled = Pooled(
     levels=("community", "user"), population_temper=(0.1, 0.03, 0.01), population_parts=("linear",), gain=False,
     residual=True, cross_fit="item", folds=3, rounds=5,
 )  # fmt: skip
-# A full covariance trusts dependent pairs most: validation rows choose how far.
-tempered = replace(base["low_rank"].users, temper=(1.0, 0.3, 0.1, 0.03))
-experiments = base | {
-    "bradley_terry": replace(base["bradley_terry"], features={}, users=pooled),
-    "low_rank": replace(base["low_rank"], users=tempered),
+# Others have no such part: validation rows choose how far to trust a user's pairs.
+tempered = {
+    name: replace(base[name], users=replace(base[name].users, temper=(1.0, 0.3, 0.1, 0.03)))
+    for name in ("low_rank", "bradley_terry_mlp", "ideal_point", "ideal_direction")
 }
+experiments = base | tempered | {"bradley_terry": replace(base["bradley_terry"], features={}, users=pooled)}

@@ -162,6 +162,7 @@ class Indexed:
     rows: Rows
     vocabulary: batches.Vocabulary
     notes: tuple[str, ...]
+    unlabelled: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -197,7 +198,12 @@ def indexed(experiment: Experiment, table: pl.DataFrame | None = None) -> Indexe
     items = batches.item_table(table)
     rows = batches.index_rows(table, items, vocabulary, experiment.community)
     vocabulary = vocabulary._replace(items=_effect_items(table))
-    return Indexed(table, items, rows, vocabulary, tuple(notes))
+    return Indexed(table, items, rows, vocabulary, tuple(notes), unlabelled(experiment))
+
+
+def unlabelled(experiment: Experiment) -> tuple[str, ...]:
+    """The responses of `experiment.unlabelled`."""
+    return () if experiment.unlabelled is None else tuple(experiment.unlabelled())
 
 
 def featured(
@@ -265,10 +271,9 @@ def _lesson(
         return judged
     if isinstance(encoder, AttributeEncoder) or encoder.joint:
         raise ValueError("unlabelled: are responses alone, and this encoder reads none: set unlabelled to None")
-    texts = list(experiment.unlabelled())
-    if not texts:
+    if not found.unlabelled:
         return judged
-    said = pl.DataFrame({"prompt": "", "text": texts})
+    said = pl.DataFrame({"prompt": "", "text": found.unlabelled})
     more = append(encode_items(said, encoder, progress=progress), maps, text_lengths(said)).replace(prompt=None)
     return jax.tree.map(lambda a, b: np.concatenate([a, np.asarray(b)]), judged, attach(source, said, more))
 
@@ -530,10 +535,11 @@ def baseline_predictions(table: pl.DataFrame, seed: int) -> pl.DataFrame:
     return pl.concat([prediction_rows(test, values, name, seed=seed) for name, values in found.items()])
 
 
-def fingerprint(table: pl.DataFrame) -> str:
-    """SHA-256 of every column of the judgements, whatever the order of rows and columns."""
+def fingerprint(table: pl.DataFrame, unlabelled: Sequence[str] = ()) -> str:
+    """SHA-256 of every column of the judgements and of the unlabelled responses, whatever the order of either."""
     rows = table.select(sorted(table.columns)).iter_rows()
     lines = sorted(hashlib.sha256("\t".join(map(repr, row)).encode()).digest() for row in rows)
+    lines += sorted(hashlib.sha256(text.encode()).digest() for text in unlabelled)
     return hashlib.sha256(b"".join(lines)).hexdigest()
 
 

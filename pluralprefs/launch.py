@@ -88,12 +88,12 @@ def record(
     found = indexed(experiment, table)
     # An encoder that is trained needs the folder for its checkpoints; a frozen one is refused before there is one.
     prepared = None if experiment.backbone else featured(experiment, found, progress=progress)
-    require_same(f"{fingerprint(found.table)} {describe(replace(experiment, save_users=False))}")
+    require_same(f"{fingerprint(found.table, found.unlabelled)} {describe(replace(experiment, save_users=False))}")
     for note in found.notes:
         tell(note)
     folder = create(
         _root(root), (experiment.name, experiment.data_name), describe(experiment), seeds=experiment.seeds,
-        devices=[str(device) for device in jax.devices()], data_fingerprint=fingerprint(found.table),
+        devices=[str(device) for device in jax.devices()], data_fingerprint=fingerprint(found.table, found.unlabelled),
     )  # fmt: skip
     folder.update(vmap=len(experiment.seeds) > 1 and (jax.default_backend() != "cpu" if vmap is None else vmap))
     return _fill(folder, experiment, found, prepared, progress, tell)
@@ -125,7 +125,7 @@ def resume(
     if isinstance(kept, Predicted):  # not those that the folder of predictors may hold by now
         experiment = replace(experiment, attributes=lambda: kept)
     found = indexed(experiment, table)
-    if fingerprint(found.table) != content["data_fingerprint"]:
+    if fingerprint(found.table, found.unlabelled) != content["data_fingerprint"]:
         raise comparisons.DataError(f"{folder.path}: the data of {experiment.data_name!r} have changed since this run "
                                     "began: bring them back, or train again without --resume")  # fmt: skip
     return load(_fill(folder, experiment, found, None, progress, tell).path)

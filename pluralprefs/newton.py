@@ -21,7 +21,7 @@ from jaxtyping import Array, Float
 
 from pluralprefs.types import Comparisons
 
-STEPS = 8
+STEPS = 32  # at most: most users take three to five, those of sharp mixtures more than eight
 ROUNDS = 2  # of the moments; more change a strength by less than 1 %
 LENGTHS = (1.0, 0.5, 0.125, 0.015625)  # of a step, in Newton's
 AWAY = 3.0  # nats by which a round that runs away lowers the bound at least; the bound of a linearisation errs by less

@@ -18,7 +18,7 @@ import polars as pl
 from pluralprefs import launch
 from pluralprefs.data import splits
 from pluralprefs.describe import describe, override
-from pluralprefs.experiment import Experiment, Tell, fingerprint
+from pluralprefs.experiment import Experiment, Tell, fingerprint, unlabelled
 from pluralprefs.registry import RunFolder, StillRunning, list_runs, open_run
 from pluralprefs.registry.environment import redact
 from pluralprefs.registry.files import plain
@@ -137,7 +137,7 @@ def _one(experiment: Experiment, root: Path, tell: Tell, progress: bool, vmap: b
 def _earlier(experiment: Experiment, root: Path, table: pl.DataFrame) -> RunFolder | None:
     """The latest run of the very same experiment on the very same data: done, else running, else stopped."""
     whole = table if "cell" in table.columns else splits.assign(table, **experiment.split).table
-    data, described = fingerprint(whole), redact(plain(describe(experiment)))
+    data, described = fingerprint(whole, unlabelled(experiment)), redact(plain(describe(experiment)))
     runs = list_runs(root).filter(pl.col("data_fingerprint") == data, pl.col("status") != "unreadable")
     order = runs.sort(pl.col("status") == "done", pl.col("status") == "running", "run", descending=True)
     found = (open_run(path) for path in order["path"])

@@ -24,10 +24,24 @@ Seed = Annotated[int | None, typer.Option("--seed", help="Which of the run's fit
 Debug = Annotated[bool, typer.Option(help="Show tracebacks.")]
 Pool = Annotated[Path, typer.Option("--pool", help="Pairs that may be asked; no target needed.")]
 Rule = Annotated[str, typer.Option(help="bald, d_optimal, eubo or random.")]
-Prior = Annotated[str, typer.Option(help='Where a user without a file begins: "population" or "community:NAME".')]
+Prior = Annotated[
+    str | None, typer.Option(help='Where a user without a file begins: "population" (unless said) or "community:NAME".')
+]
 ANSWERS = {"1": (1.0, False), "2": (0.0, False), "t": (0.5, True), "s": (0.5, False)}
 KEYS = "[1] first  [2] second  [t] tie  [s] skip  [u] undo  [q] quit"
 SHOWN = 5  # coordinates that moved most
+
+
+def _person(loaded: Run, user: Path | None, prior: str | None) -> AdaptedUser:
+    """The user of a file, or who begins at `prior`. Raises DataError for a file that began at another."""
+    from pluralprefs.data.files import DataError
+
+    if user is None:
+        return loaded.adapt(prior=prior or "population")
+    person = loaded.load_user(user)
+    if prior is not None and prior != person.prior:
+        raise DataError(f"{user}: begins at {person.prior}, not at {prior}: leave --prior out, or name another --user")
+    return person
 
 
 @plainly
@@ -37,7 +51,7 @@ def suggest(
     user: Annotated[Path | None, typer.Option(help="User from `adapt --prior` or `ask`; none: the prior.")] = None,
     n: Annotated[int, typer.Option("-n", help="Pairs to suggest.")] = 5,
     rule: Rule = "bald",
-    prior: Prior = "population",
+    prior: Prior = None,
     out: Annotated[Path | None, typer.Option(help="Where they go (.jsonl, .csv, .parquet); else printed.")] = None,
     root: Root = RUNS,
     seed: Seed = None,
@@ -48,7 +62,7 @@ def suggest(
     from pluralprefs.data.files import write_frame
 
     loaded = _load(run, root, seed)
-    person = loaded.adapt(prior=prior) if user is None else loaded.load_user(user)
+    person = _person(loaded, user, prior)
     found = choose_pairs(person, _pairs(loaded, pool), n, rule=rule).drop("user_id")
     if out is not None:
         write_frame(found, out)
@@ -66,7 +80,7 @@ def ask(
     user: Annotated[Path, typer.Option(help="User file: read where it exists, written after every answer.")],
     n: Annotated[int, typer.Option("-n", help="Questions at most, this time.")] = 20,
     rule: Rule = "bald",
-    prior: Prior = "population",
+    prior: Prior = None,
     root: Root = RUNS,
     seed: Seed = None,
     debug: Debug = False,
@@ -74,7 +88,7 @@ def ask(
     """Ask somebody one pair after the other and show how the state moves. The same command again goes on."""
     loaded = _load(run, root, seed)
     table = _pairs(loaded, pool)
-    person = loaded.load_user(user) if user.exists() else loaded.adapt(prior=prior)
+    person = _person(loaded, user if user.exists() else None, prior)
     if person.ids:
         say(f"{user}: goes on after {_counted(person)}")
     say(KEYS)
@@ -106,7 +120,7 @@ def choose(
     data: Annotated[Path, typer.Option("--input", help="Rows with prompt, response and any attribute columns.")],
     user: Annotated[Path | None, typer.Option(help="User from `adapt --prior` or `ask`; none: the prior.")] = None,
     rule: Annotated[str, typer.Option(help="mean, lower_bound or consensus.")] = "lower_bound",
-    prior: Prior = "population",
+    prior: Prior = None,
     out: Annotated[Path | None, typer.Option(help="Where ranks go (.jsonl, .csv, .parquet); else printed.")] = None,
     root: Root = RUNS,
     seed: Seed = None,
@@ -119,7 +133,7 @@ def choose(
     from pluralprefs.data.files import DataError, read_frame, write_frame
 
     loaded = _load(run, root, seed)
-    person = loaded.adapt(prior=prior) if user is None else loaded.load_user(user)
+    person = _person(loaded, user, prior)
     rows = read_frame(data)
     missing = [name for name in ("prompt", "response") if name not in rows.columns]
     if missing:

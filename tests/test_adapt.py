@@ -18,7 +18,7 @@ from pluralprefs.blas import one_blas_thread
 from pluralprefs.fitting import CERTAIN, Fitted, _at_most, buckets, fit_strength, initial_root, solve_level, take
 from pluralprefs.models.bradley_terry import BradleyTerry
 from pluralprefs.models.ideal_point import IdealPoint
-from pluralprefs.newton import AWAY, Judgements, newton
+from pluralprefs.newton import AWAY, Judgements, newton, newton_by_coordinates
 from pluralprefs.pooling import fit_pooled, half_fits, population_by_newton, residual_variance, shared_variance
 from pluralprefs.types import Item
 from pluralprefs.users import Pooled, Users, apply_root, part_names, ravel
@@ -333,6 +333,28 @@ def test_where_a_prior_is_so_wide_that_a_mixture_saturates_no_step_runs_away(n):
             assert (-10 * n < bounds).all()
             assert (bounds <= 0).all(), "no table of answers is more probable than 1"
             assert bounds[1] >= bounds[0] - 1.1 * AWAY  # two programs round differently
+
+
+@pytest.mark.parametrize("rows_more_than_coordinates", [True, False])
+@pytest.mark.parametrize("seed", [0, 10])
+def test_a_sharp_mixture_is_followed_to_its_mode(seed, rows_more_than_coordinates):
+    """A cosine with a mixture of four directions, as of ideal directions: the first steps end on a plateau."""
+    n = 32 if rows_more_than_coordinates else 4
+    draw = np.random.default_rng(seed)
+    directions = draw.normal(size=(4, 6)).astype(np.float32)
+    x = (directions[0] - directions[draw.integers(1, 4, 32)]) / np.linalg.norm(directions[0])
+    x = jnp.asarray(x + 0.1 * draw.normal(size=x.shape), jnp.float32)[:n]
+
+    def values(beta):
+        mixture = jax.nn.softmax(jnp.asarray([-2.0, 1.0, 0.0, 0.0]) + beta) @ directions
+        return 60.0 * (x @ mixture) / jnp.linalg.norm(mixture)
+
+    none, ones = jnp.zeros(n), jnp.ones(n)
+    judged = Judgements(jnp.arange(n), jnp.full(n, -1), none, none, ones, ones)
+    solve = newton_by_coordinates if rows_more_than_coordinates else newton
+    found, sure = (solve(values, jax.jacfwd(values), judged, 4, rounds=0, **more) for more in ({}, {"steps": 200}))
+    assert float(found.evidence) > float(sure.evidence) - 0.1
+    assert (values(found.mean) > 0).mean() > 0.9
 
 
 def test_a_root_is_cut_to_the_widest_deviation_a_coordinate_may_have():

@@ -22,7 +22,7 @@ from pluralprefs.data.files import DataError
 from pluralprefs.data.ids import MESSAGES
 from pluralprefs.data.lexicon import attributes, palette, palette_world
 from pluralprefs.encoders.tokens import plain
-from pluralprefs.experiment import new_model, prepare
+from pluralprefs.experiment import fingerprint, new_model, prepare
 from pluralprefs.models.attribute_attention import AttributeAttention
 from pluralprefs.run import load
 from pluralprefs.types import Item
@@ -241,6 +241,13 @@ def test_unlabelled_responses_teach_a_stand_in_and_test_responses_do_not(folder,
     found = prepare(experiment, progress=False)
     taught = found.items["text"].is_in(set(words) - {"audio", "shh"}).sum()
     assert len(found.lesson.embedding) == taught + len(more)
+    assert fingerprint(judged, more) == fingerprint(judged, found.unlabelled[::-1]) != fingerprint(judged, more[1:])
+    for wrong, said in (
+        ({"attributes": None}, "and there are none"),
+        ({"model": AttributeAttention.init}, "stand_in=true"),
+    ):
+        with pytest.raises(ValueError, match=f"unlabelled: .*{said}"):
+            prepare(replace(experiment, **wrong), progress=False)
     model = new_model(experiment, found, 0)
     alone = found.features.replace(attributes=None, attribute_mask=None)
     vowels = found.items["text"].str.count_matches("[aeiou]").to_numpy() / 10

@@ -135,6 +135,18 @@ def test_a_session_ends_with_its_pool_and_shows_what_moved(run, tmp_path):
     assert call("ask", "RUN", "--pool", pool, "--user", tmp_path / "u.safetensors", said="").output.count(">") == 0
 
 
+@pytest.mark.parametrize("command", ["ask", "suggest"])
+def test_a_user_file_that_begins_elsewhere_is_refused(command, run, tmp_path):
+    file, pool = tmp_path / "u.safetensors", tmp_path / "pool.jsonl"
+    call("ask", "RUN", "--pool", pool, "--user", file, said="1\n")
+    asked = [command, "RUN", "--pool", str(pool), "--user", str(file)]
+    done = CliRunner().invoke(app, [*asked, "--prior", "community:elsewhere"], input="1\n")
+    assert done.exit_code == 2
+    assert "u.safetensors: begins at population, not at community:elsewhere: leave --prior out" in done.stderr
+    assert len(run.load_user(file).ids) == 1
+    assert CliRunner().invoke(app, [*asked, "--prior", "population"], input="q\n").exit_code == 0
+
+
 def test_a_terminal_can_hold_the_session():
     """Keys through a pseudo-terminal reach the loop that reads them."""
     program = (
