@@ -16,7 +16,8 @@ attribute_attention (seed 0 alone; people without a community)
 
 Much of it is dishes that the user had already ranked (23 % of the rows follow from the user's other rows by
 transitivity, says the leak report). Pairs of one ordering are not independent, and low_rank with a full covariance
-trusted them too much (NLL above zero-shot at 32): its row is from before tempering was offered. Those of low_rank and
+trusts them too much (NLL above zero-shot at 32). Offered tempering, its validation rows choose none (run again on
+2026-11-22, the same row): they too follow from the training rows by transitivity. Those of low_rank and
 the ideal points are with the variance of shared parameters (before it: ideal_point 61.2; 0.693, low_rank 0.904, 0.793)
 and --set controls=false; the others are older. bradley_terry takes a minute on 2 CPU cores. Run on 2026-11-22 (seeds 0
 to 2, --set controls=false): bradley_terry_mlp seen/newprompt 72.9 [69.9, 75.5]; 0.560, unseen/newprompt 54.3 [47.9,

@@ -16,8 +16,12 @@ seen/testpair 77.0 [74.7, 79.1]; 0.471, unseen 76.1 [73.2, 78.8]; 0.489 at 32, i
 98.3 [97.6, 98.9]; 0.224, unseen 85.3; 0.365 at 2 shots, 95.8; 0.257 at 8, 98.3 [97.0, 99.3]; 0.215 at 32. Families
 that infer users were run with one seed by a script (LOG.md). Mixtures on 2026-11-22, seeds 0 to 2, --set
 controls=false: ideal_direction seen/testpair 76.8 [74.8, 78.7]; 0.484, unseen 73.6 [70.7, 76.7]; 0.520 at 32 shots
-(PAL-B with 4: 75.9; 0.491, 74.5; 0.507), bradley_terry_mlp 77.4 [75.2, 79.4]; 0.472, 76.0 [73.2, 78.6]; 0.493. Unmixed,
-ideal_direction, individual, bradley_terry and bradley_terry_mlp were not run. Intervals are over users.
+(PAL-B with 4: 75.9; 0.491, 74.5; 0.507), bradley_terry_mlp 77.4 [75.2, 79.4]; 0.472, 76.0 [73.2, 78.6]; 0.493. Unmixed
+on 2026-11-22, at 2 shots, 8 and 32: individual 99.1 [98.4, 99.6]; 0.468, 100.0; 0.243, 100.0; 0.094 and bradley_terry
+99.2 [98.5, 99.7]; 0.460, 100.0; 0.235, 100.0; 0.090 (one fit each), bradley_terry_mlp (seeds 0 to 2) 95.5 [94.2, 96.8];
+0.480, 99.9; 0.251, 100.0; 0.099, ideal_direction (seeds 0 to 2) 92.7 [90.7, 94.7]; 0.311, 99.7; 0.136, 100.0; 0.111
+(before Newton's method took more than eight steps 98.8; 0.114 at 32: LOG.md); all 100.0 on seen/testpair. Intervals are
+over users.
 """
 
 import os

@@ -14,11 +14,13 @@ seen/testpair 67.6 [66.4, 68.9]; 0.609, unseen/testpair 64.6; 0.618 at 0 shots t
 splits within the training rows agree (experiments/polis_inner.py: length minus this +0.0009 nats [-0.0039, +0.0056]).
 
 With --set controls=false: individual (no random part) seen/testpair 65.0 [63.7, 66.3]; 0.639, unseen/testpair 60.5
-[57.9, 63.1]; 0.667 at 32 shots, unseen/newprompt 62.6 [60.0, 65.3]; 0.653. low_rank, seeds 0 to 2: seen/testpair 63.6
-[62.5, 64.7]; 0.743, unseen/testpair 64.1 [61.5, 66.7]; 0.626 at 0 shots but 62.4 [60.2, 64.5]; 0.752 at 32,
-unseen/newprompt 65.7; 0.622 to 61.7; 0.708: negative, each shot makes it worse. Its full covariance trusts every pair,
-and pairs of one user's votes are not independent; that was before tempering was offered to it. lore, seeds 0 to 2
-(2026-11-22): seen/testpair 63.0 [61.7, 64.2]; 0.656, unseen/testpair 62.8; 0.663 at 0 shots and 63.0 [60.5, 65.6];
+[57.9, 63.1]; 0.667 at 32 shots, unseen/newprompt 62.6 [60.0, 65.3]; 0.653. low_rank, seeds 0 to 2, 2026-11-22:
+seen/testpair 64.7 [63.5, 65.9]; 0.640, unseen/testpair 64.1; 0.635 at 0 shots and 64.1 [61.5, 66.8]; 0.638 at 32,
+unseen/newprompt 65.7; 0.612 to 66.3 [63.5, 68.9]; 0.606; the exponents chosen are 0.03, 0.1 and 0.3. Without tempering
+each shot made it worse (63.6; 0.743, 62.4; 0.752 at 32): a full covariance trusts every pair, and pairs of one user's
+votes are not independent. bradley_terry_mlp, seeds 0 to 2, before tempering was offered to it: seen/testpair 64.3
+[62.9, 65.5]; 0.661, unseen/testpair 63.9; 0.633 at 0 shots but 63.2 [60.6, 66.0]; 0.668 at 32 (negative),
+unseen/newprompt 61.8; 0.657 to 67.4 [65.1, 69.8]; 0.602. lore, seeds 0 to 2 (2026-11-22): seen/testpair 63.0 [61.7, 64.2]; 0.656, unseen/testpair 62.8; 0.663 at 0 shots and 63.0 [60.5, 65.6];
 0.660 at 32, unseen/newprompt 67.0 and 66.9 [63.6, 69.7]; 0.611 (released LoRe, rank 5: 62.1; 0.645, 63.5; 0.643, 63.6;
 0.647).
 The other families were not run on this set.
