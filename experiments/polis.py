@@ -20,9 +20,9 @@ unseen/newprompt 65.7; 0.612 to 66.3 [63.5, 68.9]; 0.606; the exponents chosen a
 each shot made it worse (63.6; 0.743, 62.4; 0.752 at 32): a full covariance trusts every pair, and pairs of one user's
 votes are not independent. bradley_terry_mlp, seeds 0 to 2, before tempering was offered to it: seen/testpair 64.3
 [62.9, 65.5]; 0.661, unseen/testpair 63.9; 0.633 at 0 shots but 63.2 [60.6, 66.0]; 0.668 at 32 (negative),
-unseen/newprompt 61.8; 0.657 to 67.4 [65.1, 69.8]; 0.602. lore, seeds 0 to 2 (2026-11-22): seen/testpair 63.0 [61.7, 64.2]; 0.656, unseen/testpair 62.8; 0.663 at 0 shots and 63.0 [60.5, 65.6];
-0.660 at 32, unseen/newprompt 67.0 and 66.9 [63.6, 69.7]; 0.611 (released LoRe, rank 5: 62.1; 0.645, 63.5; 0.643, 63.6;
-0.647).
+unseen/newprompt 61.8; 0.657 to 67.4 [65.1, 69.8]; 0.602. lore, seeds 0 to 2 (2026-11-22): seen/testpair 63.0 [61.7,
+64.2]; 0.656, unseen/testpair 62.8; 0.663 at 0 shots and 63.0 [60.5, 65.6]; 0.660 at 32, unseen/newprompt 67.0 and 66.9
+[63.6, 69.7]; 0.611 (released LoRe, rank 5: 62.1; 0.645, 63.5; 0.643, 63.6; 0.647).
 The other families were not run on this set.
 """
 
