@@ -44,7 +44,7 @@ from pluralprefs.encoders.lora import FACTORS, Lora, attach, factor_rules, join,
 from pluralprefs.encoders.text import Packed, TextEncoder, encode, require_packing
 from pluralprefs.encoders.weights import EncoderError
 from pluralprefs.fitting import Rows, strangers, take
-from pluralprefs.hosts import agreed, placed, whole
+from pluralprefs.hosts import agreed, everywhere, here, placed, whole
 from pluralprefs.registry.files import load_arrays, save_arrays
 from pluralprefs.sharding import (
     BATCH_AXES,
@@ -201,19 +201,26 @@ def train_backbone(
     `table` is the item table that `rows` and `validation` speak of, `items` what goes with its texts (attributes), as
     numpy arrays; `users` is the size of the user table trained along, 0 for a population alone. The parameters are
     those after the epoch that predicts the validation rows best, the last where there are none. `checkpoints` is a
-    folder that belongs to this very training, from which it continues to the same bits; several processes keep none.
-    They train one encoder together, which each then has whole, on its own devices. `report(epochs done, epochs, loss)`
-    is called after each epoch. Raises FloatingPointError where a loss is not finite.
+    folder that belongs to this very training, from which it continues to the same bits, or, on another mesh, up to
+    rounding. Several processes train one encoder together, which each then has whole, on its own devices; all have to
+    see `checkpoints`. `report(epochs done, epochs, loss)` is called after each epoch. Raises FloatingPointError where a
+    loss is not finite, ValueError where the mesh does not divide the batches of a checkpoint.
     """
     started = begun(backbone, encoder)
     several = jax.process_count() > 1
     mesh = make_mesh(**dict[str, Any](backbone.mesh)) if backbone.mesh or several else None
     flat = rows.replace(community=np.full_like(rows.community, -1))
     flat = flat if users else strangers(flat)
+    store = None if checkpoints is None else CheckpointStore(checkpoints, keep=1)
+    divided = math.prod(mesh.shape[axis] for axis in BATCH_AXES) if mesh else 1
+    multiple = divided if store is None else store.notes().get("multiple", divided)
     batches = backbone.batches(started).render(
-        started, table, items, flat, budget=backbone.batch_tokens, seed=backbone.seed,
-        multiple=math.prod(mesh.shape[axis] for axis in BATCH_AXES) if mesh else 1,
-    )  # fmt: skip
+        started, table, items, flat, budget=backbone.batch_tokens, seed=backbone.seed, multiple=multiple
+    )
+    if any(len(index) % divided for _, index in batches.epoch(0)):  # other batches would be another training
+        raise ValueError(f"{checkpoints}: holds a training in batches for data x fsdp = {multiple} parts of a mesh, "
+                         f"which {divided} do not divide: resume it with as many processes, or with a backbone.mesh "
+                         f"whose data x fsdp divides {multiple}")  # fmt: skip
     steps = backbone.epochs * batches.steps
     sample = take(strangers(flat), np.linspace(0, len(flat.target) - 1, min(len(flat.target), SAMPLE)).astype(int))
     seen = _encoded(started, table, items, sample) if users else (items, sample)
@@ -238,7 +245,7 @@ def train_backbone(
     best = {"encoder": state.params.encoder, "nats": np.float32(np.inf), "epochs": np.int32(0)}
     state, best = _train(
         {"state": state, "best": best}, step, batches, steps, frozen, mesh,
-        nats if len(validation.target) else None, None if several else checkpoints, report,
+        nats if len(validation.target) else None, store, report,
     )  # fmt: skip
     learned = jax.tree_util.tree_leaves_with_path(whole(best["encoder"]))
     found = {leaf_name(path): leaf for path, leaf in learned}
@@ -316,12 +323,12 @@ def _changed(change: Callable[..., Any], batch: Texts, key: Key, at: Any) -> Tex
 
 def _train(
     kept: dict[str, Any], step: StepFn, batches: TokenBatches, steps: int, frozen: Any, mesh: Mesh | None,
-    nats: Callable[[Params], float] | None, checkpoints: Path | None, report: Report | None,
+    nats: Callable[[Params], float] | None, store: CheckpointStore | None, report: Report | None,
 ) -> tuple[TrainState, dict[str, Any]]:  # fmt: skip
     """Train to the end, from the last checkpoint where there is one; return the state and the best epoch's encoder."""
-    store = None if checkpoints is None else CheckpointStore(checkpoints, keep=1)
     if store is not None and store.latest() is not None:
-        kept = store.restore(kept)
+        found = store.restore(everywhere(kept))
+        kept = {"state": found["state"], "best": found["best"] | here(_numbers(found["best"]))}
     best, start, epochs = kept["best"], int(kept["state"].step), steps // batches.steps
     began: TrainState = kept["state"]
     state, losses, saved = began, [], time.monotonic()
@@ -341,12 +348,16 @@ def _train(
             if report is not None:
                 report(done // batches.steps, epochs, float(np.mean(losses)))
             losses = []
-        if store is not None and (done == steps or time.monotonic() - saved >= SAVE_SECONDS):
-            store.save(done, {"state": state, "best": best})
+        if store is not None and (done == steps or agreed(time.monotonic() - saved >= SAVE_SECONDS)):
+            store.save(done, everywhere({"state": state, "best": best}), {"multiple": batches.multiple})
             saved = time.monotonic()
     if store is not None:
         store.close()
     return state, best
+
+
+def _numbers(best: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: best[name] for name in ("nats", "epochs")}
 
 
 def _encoded(encoder: TextEncoder, table: pl.DataFrame, items: Item, rows: Rows) -> tuple[Item, Rows]:

@@ -89,12 +89,14 @@ def train(
     from pluralprefs.describe import override
     from pluralprefs.registry import find_run
 
-    mode = chosen(wandb)
+    mode, tell = chosen(wandb), say if hosts.writes() else None
     if resume:
-        if assignments or seeds is not None or only or root is not None:
-            raise ValueError("--resume goes on in the run's own folder with the recorded experiment: leave out --set, "
+        if seeds is not None or only or root is not None:
+            raise ValueError("--resume goes on in the run's own folder with the recorded experiment: leave out "
                              "--seeds, --only and --root")  # fmt: skip
-        _finish(launch.resume(find_run(source, RUNS).path, tell=say, vmap=vmap).folder, mode)
+        folder = launch.go_on(find_run(source, RUNS).path, tell=tell, vmap=vmap, overrides=assignments or ())
+        if hosts.writes():
+            _finish(folder, mode)
         return
     experiments = _experiments(source, only, root or RUNS)
     for assignment in assignments or ():
@@ -102,7 +104,7 @@ def train(
     if seeds is not None:
         experiments = [replace(experiment, seeds=_seeds(seeds)) for experiment in experiments]
     for experiment in experiments:
-        folder = launch.record(experiment, root=root or RUNS, tell=say if hosts.writes() else None, vmap=vmap)
+        folder = launch.record(experiment, root=root or RUNS, tell=tell, vmap=vmap)
         if hosts.writes():
             _finish(folder, mode)
 

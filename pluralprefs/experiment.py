@@ -208,19 +208,19 @@ def unlabelled(experiment: Experiment) -> tuple[str, ...]:
 
 def featured(
     experiment: Experiment, found: Indexed, *, progress: bool = True, keep: Path | None = None,
-    report: Report | None = None,
+    checkpoints: Path | None = None, report: Report | None = None,
 ) -> Prepared:  # fmt: skip
     """Train the encoder where the experiment asks for it, and encode the items.
 
-    The trained encoder is kept in the folder `keep`, where training goes on from its checkpoints, and is read back from
-    there; `report` hears of its epochs.
+    The trained encoder is kept in the folder `keep` and read back from there; training goes on from the folder
+    `checkpoints`; `report` hears of its epochs.
     """
     table, items = found.table, found.items
     encoder: Any = (experiment.encoder or partial(load_encoder, "attributes"))()
     source = _source(experiment, table, items)
     notes: dict[str, Any] = {}
     if experiment.backbone is not None:
-        encoder, notes = _trained(experiment, experiment.backbone, encoder, source, found, keep, report)
+        encoder, notes = _trained(experiment, experiment.backbone, encoder, source, found, keep, checkpoints, report)
     encoder, features, maps = encode(experiment, table, items, encoder, progress=progress)
     features = features if source is None else attach(source, items, features)
     features = features.replace(index=item_positions(items, found.vocabulary))
@@ -291,7 +291,7 @@ def _source(experiment: Experiment, table: pl.DataFrame, items: pl.DataFrame) ->
 
 def _trained(
     experiment: Experiment, backbone: Backbone, encoder: Any, source: Any, found: Indexed, keep: Path | None,
-    report: Report | None,
+    checkpoints: Path | None, report: Report | None,
 ) -> tuple[Any, dict[str, Any]]:  # fmt: skip
     """Train the encoder beside a fresh model of the family, on rows of `TRAINING` alone, or read it from `keep`.
 
@@ -316,7 +316,7 @@ def _trained(
         validation=take(found.rows, np.flatnonzero(cell == "validation")), pooled=experiment.users,
         users=len(found.vocabulary.users) if joint else 0, likelihood=experiment.likelihood,
         reduction=experiment.reduction, transform=experiment.transform,
-        checkpoints=keep and keep / "checkpoints" / backbone.folder(encoder), report=report,
+        checkpoints=checkpoints and checkpoints / backbone.folder(encoder), report=report,
     )  # fmt: skip
     if keep is not None:
         save_backbone(keep / BACKBONE, encoder, parameters)

@@ -14,6 +14,7 @@ import hashlib
 import math
 import os
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -153,6 +154,20 @@ def agreed(values: Any) -> Any:
     from jax.experimental.multihost_utils import broadcast_one_to_all
 
     return np.asarray(broadcast_one_to_all(np.asarray(values)))
+
+
+def shared(folder: Path) -> Path | None:
+    """Process 0's folder, where every process sees it under that name; None where one does not. Of one, the same."""
+    if jax.process_count() == 1:
+        return folder
+    from jax.experimental.multihost_utils import broadcast_one_to_all, process_allgather
+
+    own = str(folder.absolute()).encode()
+    told = np.zeros(int(agreed(len(own))), np.uint8)
+    if writes():
+        told[:] = np.frombuffer(own, np.uint8)
+    found = Path(np.asarray(broadcast_one_to_all(told)).astype(np.uint8).tobytes().decode())
+    return found if np.asarray(process_allgather(np.int32(found.is_dir()))).all() else None
 
 
 def require_same(text: str) -> None:

@@ -22,7 +22,7 @@ from pluralprefs.attributes.source import Predicted, predicted
 from pluralprefs.attributes.source import restore as restore_source
 from pluralprefs.contrasts import controls
 from pluralprefs.data import comparisons
-from pluralprefs.describe import describe, override, resolve
+from pluralprefs.describe import DescriptionError, describe, override, resolve
 from pluralprefs.encoders import load as load_encoder
 from pluralprefs.evaluate import SEEN, evaluate
 from pluralprefs.experiment import (
@@ -40,14 +40,17 @@ from pluralprefs.experiment import (
     support,
 )
 from pluralprefs.fitting import Fitted, take
-from pluralprefs.hosts import require_same, writes
+from pluralprefs.hosts import require_same, shared, writes
 from pluralprefs.metrics import summarise
 from pluralprefs.profiles import SCHEMA, attribute_weights
-from pluralprefs.registry import RunFolder, create, open_run
+from pluralprefs.registry import RegistryError, RunFolder, create, open_run
 from pluralprefs.registry.folder import table_file
 from pluralprefs.run import Run, load, save_seed, save_shared
 from pluralprefs.training import Report, Together
 
+CHECKPOINTS = "checkpoints"  # in a run folder that is not done
+MESH = "backbone.mesh"  # what a resumed run may have otherwise
+NOT_COPIED = (CHECKPOINTS, "params", "vocabulary.json", "items.safetensors", "support-*", "users.safetensors", ".*")
 LOSSES = {"seed": pl.Int64, "training": pl.Int64, "epoch": pl.Int64, "loss": pl.Float64}
 
 
@@ -101,26 +104,48 @@ def record(
 
 def resume(
     path: str | Path, *, progress: bool = True, tell: Tell | None = None, table: pl.DataFrame | None = None,
-    vmap: bool | None = None,
+    vmap: bool | None = None, overrides: Sequence[str] = (),
 ) -> Run:  # fmt: skip
     """Continue an interrupted or failed run in its own folder, and return it, loaded.
 
+    The arguments are those of `go_on`, which several processes call instead: only the first can load what it wrote.
+    """
+    return load(go_on(path, progress=progress, tell=tell, table=table, vmap=vmap, overrides=overrides).path)
+
+
+def go_on(
+    path: str | Path, *, progress: bool = True, tell: Tell | None = None, table: pl.DataFrame | None = None,
+    vmap: bool | None = None, overrides: Sequence[str] = (),
+) -> RunFolder:  # fmt: skip
+    """Continue an interrupted or failed run, and return its folder, which of several processes the first alone writes.
+
     Seeds that were fitted are kept; a seed that was being trained by gradient goes on from its last checkpoint and ends
-    as if nothing had happened. A run that is done is returned as it is. `vmap=False` goes on with a seed at a time
-    where a run in one program failed: one seed's loss that is not finite stops all. Raises DataError where the data
-    have changed.
+    as if nothing had happened: to the same bits on as many processes and devices, up to rounding on others. A run that
+    is done is returned as it is. `vmap=False` goes on with a seed at a time where a run in one program failed: one
+    seed's loss that is not finite stops all. `overrides` may give another mesh, "backbone.mesh={...}", and nothing
+    else. Raises DataError where the data have changed, RegistryError where several processes do not all see the folder.
     """
     tell = tell or (lambda _: None)
-    if jax.process_count() > 1:
-        raise ValueError(f"{path}: several processes do not resume a run; train it again, or resume it with one")
-    folder = open_run(path)
+    for assignment in overrides:
+        if not assignment.split("=")[0].strip().startswith(MESH):
+            raise DescriptionError(f"{assignment!r}: a run is resumed as it was recorded, only {MESH} may be another")
+    seen = shared(Path(path))
+    if seen is None:
+        raise RegistryError(f"{path}: several processes resume a run whose folder all of them see: name the same one "
+                            "in each, on a file system that they share, or resume it with one process")  # fmt: skip
+    folder = open_run(seen)
     if folder.status == "done":
         tell(f"{folder.path}: this run is done, there is nothing to resume")
-        return load(folder.path)
-    if vmap is not None:
-        folder.update(vmap=vmap)
+        return folder
     content = folder.read()
     experiment = resolve(content["experiment"])
+    for assignment in overrides:
+        experiment = override(experiment, assignment)
+    if not writes():
+        folder, experiment = _copied(folder), replace(experiment, save_users=False)
+    require_same(f"{content} {describe(replace(experiment, save_users=False))} {vmap}")  # and wait until all have read
+    if vmap is not None:
+        folder.update(vmap=vmap)
     kept = restore_source(folder.path)
     if isinstance(kept, Predicted):  # not those that the folder of predictors may hold by now
         experiment = replace(experiment, attributes=lambda: kept)
@@ -128,7 +153,14 @@ def resume(
     if fingerprint(found.table, found.unlabelled) != content["data_fingerprint"]:
         raise comparisons.DataError(f"{folder.path}: the data of {experiment.data_name!r} have changed since this run "
                                     "began: bring them back, or train again without --resume")  # fmt: skip
-    return load(_fill(folder, experiment, found, None, progress, tell).path)
+    return _fill(folder, experiment, found, None, progress, tell)
+
+
+def _copied(folder: RunFolder) -> RunFolder:
+    """What a process other than 0 reads of a run that goes on, and no people, in a folder that goes when it ends."""
+    own = Path(_root(folder.path.parent)) / folder.name
+    shutil.copytree(folder.path, own, ignore=shutil.ignore_patterns(*NOT_COPIED))
+    return RunFolder(own)
 
 
 def _root(root: str | Path) -> str | Path:
@@ -144,24 +176,28 @@ def _fill(
     folder: RunFolder, experiment: Experiment, data: Indexed, prepared: Prepared | None, progress: bool, tell: Tell
 ) -> RunFolder:
     """Fit the seeds that the folder lacks, each kept as soon as it ends, and record the run."""
+    seen = shared(folder.path)
+    checkpoints = seen and seen / CHECKPOINTS
+    if checkpoints is None:
+        tell(f"{folder.path}: not every process sees this folder, so no checkpoints are kept: choose a --root that "
+             "they share, under one path")  # fmt: skip
     with folder:
         folder.update(leaks=list(data.notes), rows=data.table.height)
-        prepared = prepared or _featured(folder, experiment, data, progress, tell)
+        prepared = prepared or _featured(folder, experiment, data, checkpoints, progress, tell)
         save_shared(folder, experiment, prepared)
         draws = support(experiment, prepared.table)
         predictions = _predictions_so_far(folder, experiment, prepared)
         profiles, losses = _profiles_so_far(folder), _losses_so_far(folder)
         curves = {seed: _Losses(seed) for seed in experiment.seeds}
-        shared = None if jax.process_count() > 1 else folder.path / "checkpoints" / "together"
-        together = Together(curves, shared) if folder.read().get("vmap") else None
+        together = Together(curves, checkpoints and checkpoints / "together") if folder.read().get("vmap") else None
         for seed in experiment.seeds:
             if str(seed) in folder.read().get("notes", {}):
                 tell(f"seed {seed}: fitted before")
                 continue
             curve = curves[seed]
             with _epoch_bar(f"seed {seed}", shown=progress) as curve.report:
-                fitted = fit_seed(experiment, prepared, seed, checkpoints=_checkpoints(folder, seed), report=curve,
-                                  together=together)  # fmt: skip
+                fitted = fit_seed(experiment, prepared, seed, checkpoints=checkpoints and checkpoints / f"seed-{seed}",
+                                  report=curve, together=together)  # fmt: skip
             tell(f"seed {seed}: {summary_line(fitted)}")
             found = evaluate(fitted, prepared.features, prepared.table, prepared.rows, draws, model=experiment.name,
                              seed=seed, shots=experiment.shots, adapter=experiment.adapter,
@@ -175,8 +211,8 @@ def _fill(
             if losses.height:
                 folder.write_table("training", losses)
             save_seed(folder, experiment, seed, fitted)
-            shutil.rmtree(folder.path / "checkpoints" / f"seed-{seed}", ignore_errors=True)
-        shutil.rmtree(folder.path / "checkpoints", ignore_errors=True)
+            shutil.rmtree(folder.path / CHECKPOINTS / f"seed-{seed}", ignore_errors=True)
+        shutil.rmtree(folder.path / CHECKPOINTS, ignore_errors=True)
         metric_rows = pl.concat([summarise(predictions, pool_seeds=True), controls(predictions, pool_seeds=True)])
         (folder.path / "metrics.jsonl").unlink(missing_ok=True)  # of a run that was stopped right here
         folder.append_metrics(metric_rows)
@@ -184,10 +220,13 @@ def _fill(
     return folder
 
 
-def _featured(folder: RunFolder, experiment: Experiment, data: Indexed, progress: bool, tell: Tell) -> Prepared:
+def _featured(
+    folder: RunFolder, experiment: Experiment, data: Indexed, checkpoints: Path | None, progress: bool, tell: Tell
+) -> Prepared:
     """Train the encoder where that is asked for, kept in the folder, and encode the items."""
     with _epoch_bar("encoder", shown=progress and experiment.backbone is not None) as report:
-        prepared = featured(experiment, data, progress=progress, keep=folder.path, report=report)
+        prepared = featured(experiment, data, progress=progress, keep=folder.path, checkpoints=checkpoints,
+                            report=report)  # fmt: skip
     if prepared.backbone:
         folder.update(backbone=dict(prepared.backbone))
         tell(f"encoder: trained {prepared.backbone['trained_parameters']:,} of its parameters, best after epoch "
@@ -245,11 +284,6 @@ def _profile(fitted: Fitted, prepared: Prepared, seed: int) -> pl.DataFrame:
     test = take(prepared.rows, np.flatnonzero(prepared.table["cell"].is_in(SEEN).to_numpy()))
     names = prepared.vocabulary.communities
     return attribute_weights(fitted, prepared.features, test, names, prepared.attributes.names, seed=seed)
-
-
-def _checkpoints(folder: RunFolder, seed: int) -> Path | None:
-    """Where a seed's training is kept; nowhere with several processes, which would have to agree on when."""
-    return None if jax.process_count() > 1 else folder.path / "checkpoints" / f"seed-{seed}"
 
 
 @contextmanager

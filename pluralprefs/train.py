@@ -32,6 +32,7 @@ from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float
 
 from pluralprefs.data import batches
+from pluralprefs.hosts import agreed
 from pluralprefs.likelihoods import pooled_mean
 from pluralprefs.sharding import leaf_name
 from pluralprefs.types import (
@@ -286,7 +287,8 @@ class CheckpointStore:
     Orbax writes a step beside the others and commits it last, so a process killed in mid-save leaves the previous step
     restorable. Leaves are stored under their path ("params/model/weight"), so that a state is restored by name.
 
-    Of several processes all write one store together, a part each, unless the store is this process's `alone`.
+    Of several processes all write one store together, a part each, in a folder that all see, unless the store is this
+    process's `alone`. Then all have to call each method, with leaves that are on the devices of all (`hosts`).
     """
 
     def __init__(self, folder: str | Path, *, keep: int = 2, alone: bool = False) -> None:
@@ -306,19 +308,31 @@ class CheckpointStore:
         handler = ocp.StandardCheckpointHandler(multiprocessing_options=shared)
         self._manager = ocp.CheckpointManager(self.folder, options=options, item_handlers=handler)
 
-    def save(self, step: int, state: Any) -> None:
-        """Write `state` and return when it is committed. Raises ValueError unless `step` is later than all others."""
+    def save(self, step: int, state: Any, notes: Mapping[str, Any] | None = None) -> None:
+        """Write `state`, and `notes` (plain JSON) beside it, and return when it is committed.
+
+        Raises ValueError unless `step` is later than all others.
+        """
         latest = self.latest()
         if latest is not None and step <= latest:
             raise ValueError(f"{self.folder} already holds step {latest}; cannot save step {step} after it")
         stored = _stored(state)
         if self._alone:  # Orbax takes arrays of one process for mistakes
             stored = {name: np.asarray(leaf) for name, leaf in stored.items()}
-        self._manager.save(step, args=self._args.StandardSave(stored))
+        self._manager.save(step, args=self._args.StandardSave(stored), custom_metadata=dict(notes or {}))
 
     def latest(self) -> int | None:
-        """Return the newest complete step, None where there is none."""
-        return self._manager.latest_step()
+        """Return the newest complete step, None where there is none. Of several processes, the one that 0 sees."""
+        found = self._manager.latest_step()
+        if self._alone or jax.process_count() == 1:
+            return found
+        step = int(agreed(-1 if found is None else found))
+        return None if step < 0 else step
+
+    def notes(self) -> dict[str, Any]:
+        """Return what was written beside the newest complete step; nothing where there is none."""
+        step = self.latest()
+        return {} if step is None else dict(self._manager.metadata(step).custom_metadata or {})
 
     def restore(self, like: Any, step: int | None = None) -> Any:
         """Read the latest (or the given) step into the structure, dtypes and shardings of `like`.

@@ -277,7 +277,8 @@ class _Kept:
         done = None if self.store is None else self.store.latest()
         if self.store is None or done is None:
             return 0, stacked(states), start
-        found = self.store.restore(_leaves(stacked(states), start))
+        found = self.store.restore(everywhere(_leaves(stacked(states), start)))
+        found |= here({name: found[name] for name in ("best", "nats", "epochs")})
         params = unstacked(found["best"], len(states))
         best = [_Best(float(nats), int(epochs), own)
                 for nats, epochs, own in zip(found["nats"], found["epochs"], params, strict=True)]  # fmt: skip
@@ -285,9 +286,10 @@ class _Kept:
 
     def save(self, done: int, state: TrainState, best: list[_Best]) -> None:
         """Save after the last epoch, and after another where the last save is old."""
-        old = time.monotonic() - self.saved >= CHECKPOINT_SECONDS
-        if self.store is not None and (old or done == self.epochs):
-            self.store.save(done, _leaves(state, best))
+        if self.store is None:
+            return
+        if done == self.epochs or agreed(time.monotonic() - self.saved >= CHECKPOINT_SECONDS):
+            self.store.save(done, everywhere(_leaves(state, best)))
             self.saved = time.monotonic()
 
     def close(self) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import shutil
 import sys
 import textwrap
 from dataclasses import replace
@@ -17,8 +15,8 @@ import optax
 import polars as pl
 import pytest
 from jax.sharding import PartitionSpec
-from record_decoders import FIXTURES, save_tokenizer
 from safetensors.numpy import load_file
+from tables import letters, tiny_llama
 from test_hosts import free_port, together
 
 from pluralprefs import backbone as module
@@ -37,12 +35,11 @@ from pluralprefs.encoders.attributes import AttributeEncoder
 from pluralprefs.encoders.cache import encode_items
 from pluralprefs.encoders.lora import Lora
 from pluralprefs.encoders.tokens import Rendered
-from pluralprefs.encoders.weights import WEIGHTS, EncoderError
+from pluralprefs.encoders.weights import EncoderError
 from pluralprefs.experiment import FAMILIES, Experiment, indexed
 from pluralprefs.fitting import take
 from pluralprefs.likelihoods import Logistic, pooled_mean
 from pluralprefs.models.ideal_point import IdealDirection
-from pluralprefs.registry.files import save_arrays
 from pluralprefs.token_batches import PackedBatches, TokenBatches
 from pluralprefs.train import comparison_loss, init_state, make_train_step, train
 from pluralprefs.training import gather_state
@@ -55,21 +52,10 @@ SMALL = Backbone(lora=None, optimizers=RATES, epochs=2, batch_tokens=8 * 48, pac
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A Llama of one layer, which compiles soon, and comparisons in which more of the letter a is better."""
+    """A small Llama, and comparisons of texts."""
     path = tmp_path_factory.mktemp("backbone")
-    shutil.copytree(FIXTURES / "llama", path / "llama")
-    save_tokenizer(path / "llama")
-    config = json.loads((path / "llama" / "config.json").read_text("utf8")) | {"num_hidden_layers": 1}
-    (path / "llama" / "config.json").write_text(json.dumps(config), "utf8")
-    tensors = {name: leaf for name, leaf in load_file(path / "llama" / WEIGHTS).items() if ".layers.1." not in name}
-    save_arrays(path / "llama" / WEIGHTS, tensors)
-    draw, rows = np.random.default_rng(0), []
-    for number in range(60):
-        texts = [" ".join(draw.choice([*"aabcdefgh"], draw.integers(2, 12))) for _ in range(2)]
-        better = texts[0].count("a") > texts[1].count("a")
-        rows.append({"prompt": ["tea ?", "coffee ?"][number % 2], "first": texts[0], "second": texts[1],
-                     "target": float(better), "user_id": f"user {number % 5}"})  # fmt: skip
-    (path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)), "utf8")
+    tiny_llama(path / "llama")
+    letters(path / "rows.jsonl")
     return path
 
 
@@ -248,6 +234,29 @@ def test_a_training_that_was_killed_ends_with_the_bits_of_one_that_was_not(encod
     assert again == notes
     for name, leaf in whole.items():
         np.testing.assert_array_equal(resumed[name], leaf, err_msg=name)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(jax.device_count() < 8, reason="needs 8 devices; tests/conftest.py asks for them")
+def test_a_training_goes_on_on_another_mesh_with_the_batches_that_it_began_with(encoder, data, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "SAVE_SECONDS", 0.0)
+    begun = replace(SMALL, batch_tokens=1024, mesh={"data": 2, "fsdp": 2})
+    (_, whole, notes), _ = trained(begun, encoder, data)
+
+    def killed(done, *_):
+        if done == 2:
+            raise KeyboardInterrupt
+
+    kept = tmp_path / "kept"
+    with pytest.raises(KeyboardInterrupt):
+        trained(begun, encoder, data, checkpoints=kept, report=killed)
+    refused = r"parts of a mesh, which 3 do not divide: .* whose data x fsdp divides 4"
+    with pytest.raises(ValueError, match=refused):
+        trained(replace(begun, mesh={"data": 3}), encoder, data, checkpoints=kept)
+    (_, moved, again), _ = trained(replace(begun, mesh={}), encoder, data, checkpoints=kept)
+    assert again == notes
+    for name, leaf in whole.items():
+        np.testing.assert_allclose(moved[name], leaf, atol=1e-4, err_msg=name)
 
 
 def test_lora_moves_adapters_alone_and_is_read_back_for_the_encoder_that_it_belongs_to(encoder, data, tmp_path):

@@ -175,6 +175,7 @@ def test_train_runs_some_of_a_file_with_seeds_and_settings_and_repeats_a_run(tmp
     assert other != run
     assert pl.read_parquet(other / "predictions.parquet").equals(pl.read_parquet(run / "predictions.parquet"))
     assert "nothing to resume" in call("train", run, "--resume").output
+    assert "only backbone.mesh may" in call("train", run, "--resume", "--set", "users.rounds=1").stderr
     for mistake in (("--only", "none"), ("--set", "users.roundz=1"), ("--seeds", "a")):
         wrong = call("train", tmp_path / "experiments.py", *mistake, "--root", root)
         assert wrong.exit_code == 2
@@ -202,7 +203,7 @@ def test_a_run_may_be_named_by_a_part_of_its_name_everywhere(tmp_path, monkeypat
         asked.append(what)
         raise ValueError("asked for")
 
-    for name in ("run.load", "launch.record", "launch.resume"):
+    for name in ("run.load", "launch.record", "launch.go_on"):
         monkeypatch.setattr(f"pluralprefs.{name}", found)
     for command in (
         ["adapt", part, "--comparisons", "x", "--out", "y"], ["score", part, "--input", "x"],

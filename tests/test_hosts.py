@@ -31,6 +31,7 @@ experiment = Experiment(
     users=Pooled(gain=False, rounds=1, folds=2, strength=1.0), name="points",
 )
 """
+ROOT = Path(__file__).parents[1]
 # A device each, so that batches of 63 rows are uneven on two.
 ENVIRONMENT = {"XLA_FLAGS": "--xla_force_host_platform_device_count=1", "JAX_CPU_COLLECTIVES_IMPLEMENTATION": "gloo"}
 
@@ -43,12 +44,11 @@ def free_port() -> int:
 
 def together(commands: list[list[str]], **environment: str) -> list[str]:
     """What several processes at once print; each has to end well."""
-    root = str(Path(__file__).parents[1])
-    env = os.environ | ENVIRONMENT | {"PYTHONPATH": root} | environment
+    env = os.environ | ENVIRONMENT | {"PYTHONPATH": str(ROOT)} | environment
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    running = [subprocess.Popen(command, env=env, cwd=root, **pipes) for command in commands]
+    running = [subprocess.Popen(command, env=env, cwd=ROOT, **pipes) for command in commands]
     try:
-        said = [process.communicate(timeout=400)[0] for process in running]
+        said = [process.communicate(timeout=900)[0] for process in running]
     finally:
         for process in running:
             process.kill()
@@ -81,9 +81,10 @@ def test_two_processes_train_and_evaluate_what_one_does_and_one_of_them_writes(t
 
 
 @pytest.mark.slow
-def test_rows_that_processes_computed_are_gathered_to_the_bit_however_uneven():
+def test_rows_that_processes_computed_are_gathered_to_the_bit_however_uneven(tmp_path):
     program = """
         import sys
+        from pathlib import Path
         import numpy as np
         from pluralprefs import hosts
         from pluralprefs.data.batches import pad_to
@@ -106,15 +107,20 @@ def test_rows_that_processes_computed_are_gathered_to_the_bit_however_uneven():
         key = hosts.everywhere(jax.random.key(3))
         draw = jax.jit(jax.random.uniform, out_shardings=hosts.all_devices())(key)
         assert float(draw) == float(jax.random.uniform(jax.random.key(3)))
+        own = Path(sys.argv[3]) / sys.argv[2]
+        own.mkdir()
+        assert hosts.shared(own) == Path(sys.argv[3]) / "0"  # of process 0, on each
+        assert hosts.shared(own / "of no process") is None
     """
     command = [sys.executable, "-c", textwrap.dedent(program), f"127.0.0.1:{free_port()}"]
-    together([[*command, str(number)] for number in range(2)])
+    together([[*command, str(number), str(tmp_path)] for number in range(2)])
 
 
 def test_one_process_changes_nothing():
     values = np.random.default_rng(0).normal(size=(4, 2))
     assert hosts.writes()
     assert hosts.all_devices() is None
+    assert hosts.shared(Path("absent")) == Path("absent")
     assert hosts.gathered(values, hosts.own_units(np.arange(4)), 4) is values
     assert hosts.split_rows(values) is hosts.everywhere(values) is hosts.here(values) is values
 

@@ -233,12 +233,14 @@ def test_a_run_resumed_from_a_checkpoint_repeats_the_bits_of_one_never_stopped(t
     state, step, stream = make_run()
     store = CheckpointStore(tmp_path / "params", keep=2)
     assert store.latest() is None
+    assert store.notes() == {}
     for done, newest, _ in islice(train(state, stream, step), 5):
         if done > 1:
-            store.save(done, newest)
+            store.save(done, newest, {"done": done})
     store.close()
     fresh = CheckpointStore(tmp_path / "params", keep=2)
     like = jax.eval_shape(lambda: make_run()[0])
+    assert fresh.notes() == {"done": 5}
     resumed = fresh.restore(like)
     assert_same_bits(resumed, newest)
     _, step, stream = make_run(start=int(resumed.step))
