@@ -64,6 +64,19 @@ if "KILL" in os.environ:
 
     ocp.StandardCheckpointHandler.async_save = save
 """
+MAIN = "from pluralprefs.cli import main; main()"
+TELLING = """
+import jax
+from pluralprefs.train import CheckpointStore
+
+def restore(self, *given, plain=CheckpointStore.restore, **named):
+    step = self.latest()
+    if jax.process_index() == 0:
+        print("goes on from", self.folder, step)
+    return plain(self, *given, **named)
+
+CheckpointStore.restore = restore
+"""
 KINDS = {
     "family": FAMILY,
     "full": ENCODER.format(options='lora=None, mesh={"fsdp": 2}'),
@@ -74,7 +87,7 @@ KILLED_AT = {"family": 11, "full": 7, "lora": 7}  # saves
 
 def train(*arguments: object, processes: int = 1) -> list[list[str]]:
     """The command line of each process."""
-    command = [sys.executable, "-c", "from pluralprefs.cli import main; main()", "train", *map(str, arguments)]
+    command = [sys.executable, "-c", TELLING + MAIN, "train", *map(str, arguments)]
     who = ["--coordinator", f"127.0.0.1:{free_port()}", "--processes", str(processes), "--process"]
     return [[*command, *who, str(number)] for number in range(processes)] if processes > 1 else [command]
 
@@ -112,7 +125,9 @@ def differences(ours: Path, theirs: Path) -> dict[str, float]:
     keys = ["model", "seed", "cell", "control", "shots", "draw", "example_id"]
     a, b = (pl.read_parquet(run / "predictions.parquet").sort(keys) for run in (ours, theirs))
     assert a.drop("log_odds", "log_odds_std").equals(b.drop("log_odds", "log_odds_std"))
-    return found | {name: float((a[name] - b[name]).abs().max() or 0.0) for name in ("log_odds", "log_odds_std")}
+    return found | {
+        name: float(np.abs(a[name].to_numpy() - b[name].to_numpy()).max()) for name in ("log_odds", "log_odds_std")
+    }
 
 
 @pytest.fixture(scope="module")
@@ -150,9 +165,11 @@ def test_two_processes_killed_in_a_save_and_resumed_end_as_if_nothing_had_happen
     said = together(train(broken, "--resume", processes=2), **where)
     assert said[0].splitlines()[-1] == str(broken)
     assert not [line for line in said[1].splitlines() if not line.startswith("[Gloo]")]
+    assert f"goes on from {broken}/checkpoints" in said[0]
     assert set(differences(broken, whole).values()) == {0.0}
     mesh = ["--set", "backbone.mesh={}"] if kind == "full" else []
-    together(train(alone, "--resume", *mesh), **where)
+    said = together(train(alone, "--resume", *mesh), **where)
+    assert f"goes on from {alone}/checkpoints" in said[0]
     together(train(file, "--root", tmp_path / "one", *mesh), **where)
     for other in (alone, only(tmp_path / "one")):
         found = differences(other, whole)
