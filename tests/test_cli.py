@@ -237,6 +237,7 @@ def test_score_falls_back_to_the_prior_and_says_so(tmp_path):
     assert sources == ["community", "population", "community"]
 
 
+@pytest.mark.slow
 def test_the_columns_and_ids_of_a_fit_hold_for_the_other_commands(tmp_path):
     data = own_columns(tmp_path / "data.jsonl")
     done = call("fit", data, "--model", "bradley_terry", "--encoder", "attributes", "--root", tmp_path / "runs",

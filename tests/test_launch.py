@@ -93,6 +93,7 @@ def ramped(batch, key, step, *, steps):
     return batch.replace(target=batch.target * (step + 1) / steps)
 
 
+@pytest.mark.slow
 def test_bases_of_seeds_under_one_vmap_are_those_of_each():
     """Of different lengths, initial values and orders; the transform of each knows its own number of steps."""
     rng = np.random.default_rng(0)
@@ -208,6 +209,7 @@ def test_a_run_that_is_done_is_returned_as_it_is(whole):
     assert "nothing to resume" in told[0]
 
 
+@pytest.mark.slow
 def test_pairs_across_a_split_by_item_belong_to_no_cell(tmp_path):
     data = write(tmp_path / "data.jsonl", users=10)
     found = run(experiment(data, split={"by": "item"}, epochs=1, seeds=(0,)), root=tmp_path / "runs", progress=False)

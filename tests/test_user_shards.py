@@ -32,7 +32,7 @@ def tables(tmp_path_factory):
     ("method", "square"),
     [
         pytest.param("laplace", False, marks=pytest.mark.slow),
-        ("laplace", True),
+        pytest.param("laplace", True, marks=pytest.mark.slow),
         ("map", False),
     ],
 )
