@@ -127,7 +127,8 @@ def go_on(
     """
     tell = tell or (lambda _: None)
     for assignment in overrides:
-        if not assignment.split("=")[0].strip().startswith(MESH):
+        name = assignment.split("=")[0].strip()
+        if name != MESH and not name.startswith(f"{MESH}."):
             raise DescriptionError(f"{assignment!r}: a run is resumed as it was recorded, only {MESH} may be another")
     seen = shared(Path(path))
     if seen is None:
@@ -150,6 +151,7 @@ def go_on(
     if isinstance(kept, Predicted):  # not those that the folder of predictors may hold by now
         experiment = replace(experiment, attributes=lambda: kept)
     found = indexed(experiment, table)
+    require_same(fingerprint(found.table, found.unlabelled))  # or one would stop alone, and the others wait for it
     if fingerprint(found.table, found.unlabelled) != content["data_fingerprint"]:
         raise comparisons.DataError(f"{folder.path}: the data of {experiment.data_name!r} have changed since this run "
                                     "began: bring them back, or train again without --resume")  # fmt: skip

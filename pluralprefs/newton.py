@@ -78,8 +78,8 @@ def newton(
     """Find the posterior of a whitened deviation under a unit Gaussian prior, by damped Gauss-Newton.
 
     `values` gives the latent values at a deviation; `jacobian` their derivatives, an array where they are constant.
-    A step is the best of `LENGTHS`, or none; iteration stops when no step lowers the objective or moves, or after
-    `steps`. Then `rounds` of moments follow (see the module).
+    A step is the best of `LENGTHS`, or none; iteration stops when no step lowers the objective or moves, when one after
+    `ENOUGH` gains less than `WORTH`, or after `steps`. Then `rounds` of moments follow (see the module).
     """
     constant = None if callable(jacobian) else jacobian
     gram = None if constant is None else _gram(constant)
@@ -150,8 +150,9 @@ def _descend(
         proposal = propose(beta)
         trials = jnp.stack([beta + t * (proposal - beta) for t in LENGTHS] + [beta])
         found = jnp.nan_to_num(objectives(trials), nan=jnp.inf)
-        new = trials[jnp.argmax(found <= jnp.min(found) + _rounding(found[-1]) + noise(proposal))]
-        return i + 1, new, jnp.max(jnp.abs(moved(new - beta))), found[-1] - jnp.min(found)
+        chosen = jnp.argmax(found <= jnp.min(found) + _rounding(found[-1]) + noise(proposal))
+        new = trials[chosen]
+        return i + 1, new, jnp.max(jnp.abs(moved(new - beta))), found[-1] - found[chosen]
 
     carry = (0, jnp.zeros(size), jnp.asarray(jnp.inf), jnp.asarray(jnp.inf))
     return jax.lax.while_loop(going, step, carry)[1]
