@@ -6,11 +6,12 @@ Every route on every set, one run each, launched as `pluralprefs sweep` does: wh
 what was stopped goes on. `--show` only lays out what is there. Simulated worlds have 200 users with 60 comparisons each
 and the posterior predictive under the true prior beside the routes; the others are those of their own experiment files.
 
-Three tables a set. The shot curve of users unseen in training, five draws: accuracy in % with its 95 % interval over
+Four tables a set. The shot curve of users unseen in training, five draws: accuracy in % with its 95 % interval over
 users, then nats; `bradley_terry` at 0 shots is the population. What shots are worth: nats minus those of the same route
 at 0 shots, paired, and the largest rise from one number of shots to the next (none may be above zero by its interval).
-And the controls at 32 shots: accuracy with the user's own shots minus another user's; predictions that reverse with the
-labels.
+The controls at 32 shots: accuracy with the user's own shots minus another user's; predictions that reverse with the
+labels. And calibration: the expected calibration error by shots and, on simulated worlds, how often 90 % intervals of
+the log-odds hold the truth (empty where a route says nothing of its own uncertainty).
 Result: see LOG.md.
 """
 
@@ -24,6 +25,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import polars as pl
 from rich.console import Console
 
@@ -116,6 +118,31 @@ def controls(metrics: dict[str, pl.DataFrame], cell: str) -> list[list[str]]:
     return lines
 
 
+def calibration(
+    rows: dict[str, pl.DataFrame], metrics: pl.DataFrame, cell: str, world: World | None
+) -> list[list[str]]:
+    """A line a route and a measure: expected calibration error, and coverage of 90 % intervals where truth is known."""
+    at = (pl.col("cell") == cell) & pl.col("control").is_null()
+    lines = [["route", "%", *(f"{n} shots" for n in SHOTS)]]
+    for route, part in rows.items():
+        error = metrics.filter(at, pl.col("model") == route, pl.col("community").is_null(), metric="ece").sort("shots")
+        lines.append([route, "calibration error", *(f"{100 * value:.1f}" for value in error["value"])])
+        if world is not None:
+            truth = world.table.select("example_id", "true_log_odds")
+            found = covered(part.filter(at).join(truth, on="example_id"))
+            lines.append([route, "coverage", *("" if one is None else f"{100 * one:.1f}" for one in found)])
+    return lines
+
+
+def covered(rows: pl.DataFrame) -> list[float | None]:
+    """The share of rows with their true log-odds in the 90 % interval, by shots; None where intervals have no width."""
+    std = pl.col("log_odds_std")
+    mean = pl.col("log_odds") * (1 + np.pi * std**2 / 8).sqrt()  # undo the moderation
+    inside = ((mean - pl.col("true_log_odds")).abs() < 1.645 * std).mean()
+    found = rows.group_by("shots").agg(inside=pl.when(std.max() > 0).then(inside)).sort("shots")
+    return found["inside"].to_list()
+
+
 def markdown(lines: list[list[str]]) -> str:
     """Aligned lines of a markdown table."""
     width = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
@@ -141,8 +168,9 @@ def show(name: str, root: Path, asked: dict[str, Experiment]) -> None:
     first = next(iter(runs.values())).table("predictions")
     baselines = first.filter(~pl.col("model").is_in(list(runs)))
     together = [*rows.values(), baselines]
-    if name in WORLDS:
-        together.append(curves(WORLDS[name](**SIZES)))
+    world = WORLDS[name](**SIZES) if name in WORLDS else None
+    if world is not None:
+        together.append(curves(world))
     metrics = summarise(pl.concat([part.filter(pl.col("control").is_null()) for part in together], how="diagonal"),
                         pool_seeds=True)  # fmt: skip
     kept = {route: run.table("metrics") for route, run in runs.items()}
@@ -155,6 +183,8 @@ def show(name: str, root: Path, asked: dict[str, Experiment]) -> None:
         console.print(markdown(worth(rows, cell)), highlight=False, markup=False)
         console.print("\nControls\n", highlight=False)
         console.print(markdown(controls(kept, cell)), highlight=False, markup=False)
+        console.print("\nCalibration\n", highlight=False)
+        console.print(markdown(calibration(rows, metrics, cell, world)), highlight=False, markup=False)
 
 
 def main(sets: list[str], routes: list[str], seeds: tuple[int, ...], root: Path, only_show: bool) -> None:

@@ -84,15 +84,20 @@ def fit_inferred(
     held = held_out(known)
     if "user" in pooled.levels and len(held):
         train = partial(_train, items=items, likelihood=likelihood, reduction=reduction, optimizer=optimizer,
-                        batch_size=batch_size, seed=seed, report=report)  # fmt: skip
+                        batch_size=batch_size, seed=seed, report=report, apart=kept_apart(pooled))  # fmt: skip
         apart = np.isin(np.asarray(rows.user), held)
         aside = take(judged, np.flatnonzero(apart))
         chosen, done = train(model.family, take(judged, np.flatnonzero(~apart)), epochs=epochs, held=aside,
                              notes=notes, folder=checkpoints and checkpoints / "held-out")  # fmt: skip
-        model = trusted(settled(model, chosen, items, rows), items, aside, notes)
+        model = trusted(settled(model, chosen, items, rows), items, aside, notes, kept_apart(pooled))
         family, _ = train(model.family, judged, epochs=done, folder=checkpoints and checkpoints / "all")
         model = settled(model, family, items, rows)
     return _table(model, items, rows, pooled, users, communities, notes)
+
+
+def kept_apart(pooled: Pooled) -> str:
+    """What shots and questions of an episode must not share: what the population's folds are cut by, if "item"."""
+    return "item" if pooled.cross_fit == "item" else "pair"
 
 
 def held_out(known: np.ndarray) -> np.ndarray:
@@ -118,7 +123,7 @@ def settled(model: Residual, family: Any, items: Item, rows: Rows) -> Residual:
     return model.replace(family=family, prior=family.infer_user(gathered(items, padded(rows, np.array([-1])))).mean)
 
 
-def trusted(model: Residual, items: Item, rows: Rows, notes: dict[str, Any]) -> Residual:
+def trusted(model: Residual, items: Item, rows: Rows, notes: dict[str, Any], apart: str = "pair") -> Residual:
     """Learn trust and most from the rows of users whom the family was not trained on.
 
     Each is what makes the moderated predictions of the rows that were not shown lose the fewest nats; a number of shots
@@ -127,14 +132,14 @@ def trusted(model: Residual, items: Item, rows: Rows, notes: dict[str, Any]) -> 
     open_ended = model.replace(trust=jnp.ones(len(KNOTS)).at[0].set(0.0), most=jnp.float32(1e6))
     trust, last = [0.0], float(SHOTS)
     for count in KNOTS[1:-1]:
-        asked = _shown(open_ended, items, rows, count, least=count)
+        asked = _shown(open_ended, items, rows, count, least=count, apart=apart)
         trust.append(_least(*asked) if len(asked[0]) else trust[-1])
     many = min(int(np.unique(np.asarray(rows.user), return_counts=True)[1].max()), MANY)
     most, at_all = float(SHOTS), trust[-1]
-    if many * 3 // 4 > SHOTS:  # of users who have more than an episode shows
-        arms = {"all": 1e6, SHOTS: float(SHOTS)}
-        shown = {name: _shown(open_ended.replace(most=jnp.float32(cap)), items, rows, many, least=SHOTS + 1)
-                 for name, cap in arms.items()}  # fmt: skip
+    arms = {"all": 1e6, SHOTS: float(SHOTS)}
+    shown = {name: _shown(open_ended.replace(most=jnp.float32(cap)), items, rows, many, least=SHOTS + 1, apart=apart)
+             for name, cap in arms.items() if many * 3 // 4 > SHOTS}  # fmt: skip
+    if any(len(part[0]) for part in shown.values()):  # of users who have more than an episode shows
         factor = {name: _least(*part) for name, part in shown.items()}
         nats = {name: validation_nats(part[2] + factor[name] * part[0], factor[name] ** 2 * part[1], part[3])
                 for name, part in shown.items()}  # fmt: skip
@@ -151,16 +156,16 @@ def trusted(model: Residual, items: Item, rows: Rows, notes: dict[str, Any]) -> 
 def _train(
     family: Any, rows: Rows, *, items: Item, likelihood: Any, reduction: Reduction,
     optimizer: optax.GradientTransformation, epochs: int, batch_size: int, seed: int, report: Report | None,
-    folder: Path | None, held: Rows | None = None, notes: dict[str, Any] | None = None,
+    folder: Path | None, apart: str, held: Rows | None = None, notes: dict[str, Any] | None = None,
 ) -> tuple[Any, int]:  # fmt: skip
     """Train on episodes and return the family and the epochs that it took: those that serve `held` users best."""
 
     def batch(number: int, rows: Rows) -> tuple[Episode[Any], np.ndarray]:
-        episodes = episode_epoch(seed, number, rows, batch_size, shots=SHOTS)
+        episodes = episode_epoch(seed, number, rows, batch_size, shots=SHOTS, apart=apart)
         steps = len(episodes.query.weight)
         return everywhere((episodes, ((number + np.arange(steps) / steps) / epochs).astype(np.float32)))
 
-    nats = None if held is None else partial(_held_out_nats, items, held_episodes(held))
+    nats = None if held is None else partial(_held_out_nats, items, held_episodes(held, apart=apart))
     epoch = make_epoch_step(make_train_step(episode_loss(reduction=reduction), optimizer))
     step = jax.jit(epoch, out_shardings=all_devices())
     state = init_state(Params(family, (), likelihood), optimizer, jax.random.key(seed))
@@ -170,11 +175,11 @@ def _train(
     return best.params.model, best.epochs or epochs
 
 
-def held_episodes(rows: Rows, counts: tuple[int, ...] = (0, 2, 8, SHOTS)) -> Episode[Any]:
+def held_episodes(rows: Rows, counts: tuple[int, ...] = (0, 2, 8, SHOTS), apart: str = "pair") -> Episode[Any]:
     """Fixed episodes of the users of `rows` with each number of shots: [episodes, shots | queries] index rows."""
     parts = []
     for number, count in enumerate(counts):
-        support, query = episode_indices(np.random.default_rng(number), rows, SHOTS, SHOTS, exactly=True)
+        support, query = episode_indices(np.random.default_rng(number), rows, SHOTS, SHOTS, exactly=True, apart=apart)
         parts.append((np.where(np.arange(SHOTS) < count, support, -1), query))
     support, query = (np.concatenate(side) for side in zip(*parts, strict=True))
     return Episode(support=padded(rows, support), query=padded(rows, query))
@@ -195,14 +200,14 @@ def _held_out_nats(items: Item, episodes: Episode[Any], params: Params) -> float
 Asked = tuple[np.ndarray, np.ndarray, np.ndarray, Rows]  # mean and variance of the shift, log-odds without it, rows
 
 
-def _shown(model: Residual, items: Item, rows: Rows, count: int, *, least: int) -> Asked:
+def _shown(model: Residual, items: Item, rows: Rows, count: int, *, least: int, apart: str) -> Asked:
     """Infer the users of `rows` from `count` shots, or as many as they have, and ask about the others, `DRAWS` times.
 
     Users who have fewer than `least` to show are left out.
     """
     given, asked = [], []
     for draw in range(DRAWS):
-        lines = episode_indices(np.random.default_rng(draw), rows, max(count, SHOTS), SHOTS, exactly=True)
+        lines = episode_indices(np.random.default_rng(draw), rows, max(count, SHOTS), SHOTS, exactly=True, apart=apart)
         shown, query = lines[0][:, :count], lines[1]
         enough = (shown >= 0).sum(1) >= least
         given.append(shown[enough])

@@ -44,7 +44,8 @@ class Pooled:
     temper       exponents of a user's likelihood to choose from on validation: pairs derived from one ordering or one
                  set of votes are not independent, and a covariance that trusts them all falls below the population
     population_temper   the same for the population's and the communities' likelihood, chosen first
-    cross_fit    what the out-of-fold population scores are folded by: "pair", "item", "prompt" or None (in-sample)
+    cross_fit    what the out-of-fold population scores are folded by: "pair", "item", "prompt" or None (in-sample);
+                 with "item", shots and questions of families that infer their users have no response in common
     residual     the variance that no level explains; True learns it on validation
     parts        parts of the state that may deviate at user level (None: all)
     population_parts   parts that the population and the communities have (None: all)

@@ -84,6 +84,52 @@ def test_exactly_many_shots_leave_a_quarter_to_ask_about():
             assert (line >= 0).sum() == min(32, total - max(total // 4, 1))
 
 
+def voted(users=40, statements=12, seed=0):
+    """Every user's pairs of an agreed and a disagreed statement, at most 45, as polis makes them."""
+    draw = np.random.default_rng(seed)
+    found = []
+    for user in range(users):
+        side = draw.permutation(statements)
+        cut = draw.integers(2, statements - 2)
+        every = [(user, i, j) for i in side[:cut] for j in side[cut:]]
+        found += [every[k] for k in draw.permutation(len(every))[:45]]
+    user, first, second = np.array(found, np.int32).T
+    made = rows(first, second, np.ones(len(user)), np.ones(len(user)))
+    return jax.tree.map(np.asarray, made.replace(user=user))
+
+
+@pytest.mark.parametrize("exactly", [False, True])
+def test_shots_and_questions_share_no_response_where_items_are_kept_apart(exactly):
+    table = voted()
+    shown_at_all = []
+    for seed in range(5):
+        draw = np.random.default_rng(seed)
+        support, query = episode_indices(draw, table, 32, 8, exactly=exactly, apart="item")
+        assert support.shape == (40, 32)
+        assert query.shape == (40, 8)
+        for shown, asked in zip(support, query, strict=True):
+            used = [part[part >= 0] for part in (shown, asked)]
+            assert len({*table.user[np.concatenate(used)].tolist()}) <= 1
+            responses = [{*table.first[rows_].tolist(), *table.second[rows_].tolist()} for rows_ in used]
+            assert not responses[0] & responses[1]
+            assert len(set(used[0])) == len(used[0])
+            shown_at_all.append(len(used[0]))
+        assert (query >= 0).sum() > 40
+    assert max(shown_at_all) > 12
+    assert exactly or min(shown_at_all) == 0
+
+
+def test_an_epoch_that_keeps_items_apart_asks_about_as_many_rows_as_there_are():
+    table = voted(users=200)
+    one, other = (episode_epoch(0, number, table, 64, apart="item") for number in (0, 1))
+    assert one.query.weight.shape == other.query.weight.shape  # the step is compiled once
+    asked = (one.query.weight > 0).sum()
+    assert 0.7 < asked / len(table.user) < 1.5
+    assert 32 < asked / one.query.weight.shape[0] < 128  # rows a step
+    with pytest.raises(ValueError, match="apart is 'pair' or 'item'"):
+        episode_epoch(0, 0, table, 64, apart="prompt")
+
+
 def test_rows_without_users_make_no_episode():
     with pytest.raises(ValueError, match="user_id"):
         episode_epoch(0, 0, judged().replace(user=np.full_like(judged().user, -1)), 8)
