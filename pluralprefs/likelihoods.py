@@ -22,14 +22,14 @@ from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
-from flax import struct
 from jax.nn import softplus
 from jaxtyping import Array, Bool, Float
 
+from pluralprefs.pytrees import pytree, static
 from pluralprefs.types import Comparisons
 
 
-@struct.dataclass
+@pytree
 class Logistic:
     """Cross-entropy of a soft target, with an optional learned temperature, constant margin and label smoothing.
 
@@ -42,8 +42,8 @@ class Logistic:
     """
 
     log_temperature: Float[Array, ""] | None = None
-    margin: float = struct.field(pytree_node=False, default=0.0)
-    label_smoothing: float = struct.field(pytree_node=False, default=0.0)
+    margin: float = static(default=0.0)
+    label_smoothing: float = static(default=0.0)
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.label_smoothing < 1.0:
@@ -66,7 +66,7 @@ class Logistic:
         return target * softplus(self.margin - scaled) + (1.0 - target) * softplus(self.margin + scaled)
 
 
-@struct.dataclass
+@pytree
 class Davidson:
     """Three outcomes: first, tie, second. `log_tie` is log nu; nu -> 0 gives Bradley-Terry on decided rows.
 
@@ -101,7 +101,7 @@ class Davidson:
         return -jnp.where(row.tie, tie, row.target * first + (1.0 - row.target) * second)
 
 
-@struct.dataclass
+@pytree
 class Hinge:
     """PAL's margin loss (arXiv 2406.08469). A graded target weighs the two sides, so 0.5 costs at least the margin.
 
@@ -110,7 +110,7 @@ class Hinge:
     [2.0, 0.75, 0.0]
     """
 
-    margin: float = struct.field(pytree_node=False, default=1.0)
+    margin: float = static(default=1.0)
 
     def __call__(self, log_odds: Float[Array, ""], row: Comparisons[Any]) -> Float[Array, ""]:
         """Cost of one row, in units of the log-odds rather than nats."""
@@ -118,7 +118,7 @@ class Hinge:
         return row.target * right + (1.0 - row.target) * jnp.maximum(0.0, self.margin + log_odds)
 
 
-@struct.dataclass
+@pytree
 class IPO:
     """Squared distance of h = l / beta from 1 / (2 beta) at t = 1 (arXiv 2310.12036); the log-odds are l = beta h.
 
@@ -129,7 +129,7 @@ class IPO:
     1.0
     """
 
-    beta: float = struct.field(pytree_node=False, default=0.1)
+    beta: float = static(default=0.1)
 
     def __post_init__(self) -> None:
         if not self.beta > 0.0:
@@ -141,7 +141,7 @@ class IPO:
         return row.target * first + (1.0 - row.target) * second
 
 
-@struct.dataclass
+@pytree
 class RobustDPO:
     """Unbiased under labels flipped with probability `flips` = e < 1/2 (rDPO, arXiv 2403.00409).
 
@@ -150,8 +150,8 @@ class RobustDPO:
     the clip the loss is unbiased, beyond it the flipped rows pull the log-odds back, and a wrong row is never cut.
     """
 
-    flips: float = struct.field(pytree_node=False, default=0.1)
-    clip: float = struct.field(pytree_node=False, default=10.0)
+    flips: float = static(default=0.1)
+    clip: float = static(default=10.0)
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.flips < 0.5:

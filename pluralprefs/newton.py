@@ -16,9 +16,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import struct
 from jaxtyping import Array, Float
 
+from pluralprefs.pytrees import pytree
 from pluralprefs.types import Comparisons
 
 STEPS = 32  # at most
@@ -31,7 +31,7 @@ _NODES, _MASSES = (x.astype(np.float32) for x in np.polynomial.hermite_e.hermega
 _MASSES = _MASSES / _MASSES.sum()  # quadrature of a standard normal
 
 
-@struct.dataclass
+@pytree
 class Judgements:
     """One unit's rows in terms of latent values: log-odds = fixed + care latent[-1] + latent[first] - latent[second].
 

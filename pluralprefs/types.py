@@ -15,8 +15,9 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Generic, Protocol, Self, TypeVar, runtime_checkable
 
 import jax
-from flax import struct
 from jaxtyping import Array, Bool, Float, Int
+
+from pluralprefs.pytrees import pytree, static
 
 T = TypeVar("T")
 User = Any  # any pytree of float arrays; () where users do not differ
@@ -24,14 +25,14 @@ Key = jax.Array
 
 
 class Replaceable:
-    """What `flax.struct.dataclass` adds to a class, told to type checkers: a copy with some fields exchanged."""
+    """What `pytrees.pytree` adds to a class, told to type checkers: a copy with some fields exchanged."""
 
     if TYPE_CHECKING:
 
         def replace(self, **changes: Any) -> Self: ...
 
 
-@struct.dataclass
+@pytree
 class Item(Replaceable):
     """One response to one prompt, encoded. Absent parts are None; leading axes are free.
 
@@ -50,7 +51,7 @@ class Item(Replaceable):
     index: Int[Array, "*batch"] | None = None
 
 
-@struct.dataclass
+@pytree
 class Tokens(Replaceable):
     """A rendered (prompt, response), padded. `prompt_end` is the position of the last prompt token."""
 
@@ -60,7 +61,7 @@ class Tokens(Replaceable):
     prompt_end: Int[Array, "*batch"]
 
 
-@struct.dataclass
+@pytree
 class Comparisons(Replaceable, Generic[T]):
     """Judgements. `first` and `second` are Items, Tokens or integer rows of an item table.
 
@@ -84,7 +85,7 @@ class Comparisons(Replaceable, Generic[T]):
     weight: Float[Array, "*batch"]
 
 
-@struct.dataclass
+@pytree
 class Episode(Replaceable, Generic[T]):
     """Support and query comparisons of one user each; the leading axis is users."""
 
@@ -92,7 +93,7 @@ class Episode(Replaceable, Generic[T]):
     query: Comparisons[T]
 
 
-@struct.dataclass
+@pytree
 class Covariance(Replaceable):
     """A covariance kept as factors: `root root' - downdate' downdate`.
 
@@ -104,7 +105,7 @@ class Covariance(Replaceable):
     downdate: Float[Array, "*batch rows size"]
 
 
-@struct.dataclass
+@pytree
 class UserPosterior(Replaceable):
     """What every adapter returns: the user's deviation from the community's (or population's) prior user.
 
@@ -114,7 +115,7 @@ class UserPosterior(Replaceable):
 
     mean: User
     covariance: Covariance | None = None
-    base: str = struct.field(pytree_node=False, default="")
+    base: str = static(default="")
 
 
 @runtime_checkable
@@ -211,7 +212,7 @@ Reduction = Callable[[Float[Array, " rows"], Comparisons[Any]], Float[Array, ""]
 Adapter = Callable[..., UserPosterior]
 
 
-@struct.dataclass
+@pytree
 class Params(Replaceable):
     """Everything that is learned: the family, the pooled user table, the likelihood's own scalars, and of the encoder
     what is trained beside them (None where it is frozen)."""
@@ -222,7 +223,7 @@ class Params(Replaceable):
     encoder: Any = None
 
 
-@struct.dataclass
+@pytree
 class TrainState(Replaceable):
     """The state of a training loop; a step's randomness is `fold_in(key, step)`."""
 

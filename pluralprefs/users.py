@@ -26,10 +26,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import struct
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, Int
 
+from pluralprefs.pytrees import pytree
 from pluralprefs.types import Comparisons, Item, Replaceable, RewardModel, User
 
 
@@ -67,7 +67,7 @@ class Pooled:
     population: bool = True
 
 
-@struct.dataclass
+@pytree
 class Deviation(Replaceable):
     """A departure from a prior user: `state` like the family's user, `gain` the relative care."""
 
@@ -75,7 +75,7 @@ class Deviation(Replaceable):
     gain: Float[Array, "*batch"]
 
 
-@struct.dataclass
+@pytree
 class Users(Replaceable):
     """The pooled user table. `root` is the root of a level's prior covariance, over the raveled deviation."""
 

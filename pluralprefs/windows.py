@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 import polars as pl
-from flax import struct
 from jaxtyping import Array, Float
 
 from pluralprefs.data.batches import TRAINING_CELLS, index_rows, item_table, take_rows, vocabulary
@@ -22,10 +21,11 @@ from pluralprefs.data.episodes import episode_epoch
 from pluralprefs.encoders.in_context import Prompter, Shot, padded
 from pluralprefs.encoders.tokens import Content, Rendered
 from pluralprefs.fitting import Rows, take
+from pluralprefs.pytrees import pytree
 from pluralprefs.types import Comparisons, Episode, Replaceable, Tokens
 
 
-@struct.dataclass
+@pytree
 class Windows(Replaceable):
     """A batch: comparisons whose tokens hold the shots, and where there are any the users' descriptions behind theirs.
 

@@ -10,7 +10,6 @@ import numpy as np
 import optax
 import polars as pl
 import pytest
-from flax import struct
 from tables import write
 
 from pluralprefs import encoders, training
@@ -22,6 +21,7 @@ from pluralprefs.likelihoods import Logistic, pooled_mean
 from pluralprefs.models.bradley_terry import BradleyTerry
 from pluralprefs.models.ideal_point import IdealPoint
 from pluralprefs.models.low_rank import LowRank
+from pluralprefs.pytrees import pytree
 from pluralprefs.registry.files import RegistryError
 from pluralprefs.run import load
 from pluralprefs.train import leaf_name
@@ -175,7 +175,7 @@ def test_a_seed_that_has_had_its_epochs_stays_as_it_is():
     assert [(float(best.params), best.epochs) for best in chosen] == [(2.0, 2), (13.0, 3)]
 
 
-@struct.dataclass
+@pytree
 class Counted:
     """Stands for a training state: parameters that are the number of epochs."""
 

@@ -7,10 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from flax import struct
 from jax.sharding import PartitionSpec as P
 
 from pluralprefs.likelihoods import Logistic
+from pluralprefs.pytrees import pytree
 from pluralprefs.sharding import batch_sharding, make_mesh, replicated, shard_rules, sharded_init
 from pluralprefs.train import comparison_loss, init_state, make_train_step
 from pluralprefs.types import Comparisons, Item, Params
@@ -19,7 +19,7 @@ needs_eight = pytest.mark.skipif(jax.device_count() < 8, reason="needs 8 devices
 RULES = ((r"model/weight$", P("tensor")), (r"(^|/)users/user$", P(("data", "fsdp"))))
 
 
-@struct.dataclass
+@pytree
 class Linear:
     weight: jax.Array
 

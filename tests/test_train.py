@@ -15,10 +15,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from flax import struct
 
 from pluralprefs.data import batches
 from pluralprefs.likelihoods import Logistic, per_user_mean
+from pluralprefs.pytrees import pytree
 from pluralprefs.train import (
     CheckpointStore,
     comparison_loss,
@@ -34,7 +34,7 @@ from pluralprefs.types import Comparisons, Item, Params
 ROOT = Path(__file__).parents[1]
 
 
-@struct.dataclass
+@pytree
 class Linear:
     weight: jax.Array
 
@@ -42,7 +42,7 @@ class Linear:
         return jnp.dot(self.weight + user, first.embedding - second.embedding)
 
 
-@struct.dataclass
+@pytree
 class Shrunk(Linear):
     def penalty(self, users, batch, key):
         return 0.1 * jnp.sum(self.weight**2) + 0.0 * jnp.sum(users) + 0.01 * jax.random.normal(key)

@@ -22,18 +22,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from flax import struct
 from jax.scipy.sparse.linalg import cg
 from jaxtyping import Array, Float
 
 from pluralprefs.data.ids import stable_hash
+from pluralprefs.pytrees import pytree
 
 NEWTON_STEPS, SOLVE_STEPS = 15, 40  # a system of every Newton step is solved by products with the pairs alone
 ADAM_STEPS, LEARNING_RATE = 300, 1e-2
 TOGETHER = 4  # attributes at once
 
 
-@struct.dataclass
+@pytree
 class Rows:
     """Ordered pairs of every attribute as rows of a table of texts; rows of weight 0 are padding."""
 
@@ -62,7 +62,7 @@ class Rows:
         return cls(filled[..., 0], filled[..., 1], target.astype(np.float32), weight.astype(np.float32))
 
 
-@struct.dataclass
+@pytree
 class Heads:
     """Weights of all attributes; `hidden` and `bias` are None where the reward is linear in the features."""
 

@@ -25,7 +25,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx, struct
+from flax import nnx
 from jaxtyping import Array, Bool, Float
 
 from pluralprefs.encoders.checkpoint import Tensors, check_all_read, fill
@@ -35,6 +35,7 @@ from pluralprefs.encoders.pooling import read_pooling
 from pluralprefs.encoders.text import TextEncoder
 from pluralprefs.encoders.tokens import Renderer
 from pluralprefs.encoders.weights import EncoderError, digest, read_json, weight_files
+from pluralprefs.pytrees import pytree
 from pluralprefs.types import Tokens
 
 # A parameter's path here -> its name in a checkpoint; {} is the layer. Kernels are stored transposed there.
@@ -162,7 +163,7 @@ class Bert(nnx.Module):
         return x
 
 
-@struct.dataclass
+@pytree
 class BertEncoder(TextEncoder):
     """A BERT-family model's embedding of a text.
 

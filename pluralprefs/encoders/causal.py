@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import jax.numpy as jnp
-from flax import struct
 from jax.sharding import Mesh
 
 from pluralprefs.encoders.attention import Kernel
@@ -19,12 +18,13 @@ from pluralprefs.encoders.pooling import read_pooling
 from pluralprefs.encoders.text import TextEncoder
 from pluralprefs.encoders.tokens import Renderer
 from pluralprefs.encoders.weights import EncoderError, digest, weight_files
+from pluralprefs.pytrees import pytree
 from pluralprefs.sharding import Rules
 
 __all__ = ["MODEL_TYPES", "CausalEncoder"]
 
 
-@struct.dataclass
+@pytree
 class CausalEncoder(TextEncoder):
     """A decoder's embedding of a text: the hidden state of its last real token, or the mean over its tokens.
 

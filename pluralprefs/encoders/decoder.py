@@ -21,13 +21,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import nnx, struct
+from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from pluralprefs.encoders.attention import Kernel, Places, attention, cap_softly, locate, visible
 from pluralprefs.encoders.decoder_config import DecoderConfig
 from pluralprefs.encoders.layers import ACTIVATIONS, precision
 from pluralprefs.encoders.rope import rotate, turn
+from pluralprefs.pytrees import pytree
 from pluralprefs.types import Replaceable, Tokens
 
 Turns = tuple[Float[Array, "batch length planes"], Float[Array, "batch length planes"]]
@@ -59,7 +60,7 @@ class Norm(nnx.Module):
         return wide.astype(x.dtype)
 
 
-@struct.dataclass
+@pytree
 class Memory(Replaceable):
     """Keys and values of the tokens so far, a pair a layer, of a fixed size; `filled` tells how much is written."""
 

@@ -15,13 +15,13 @@ from typing import Any, Self
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import struct
 from jaxtyping import Array, Float
 
+from pluralprefs.pytrees import pytree
 from pluralprefs.types import Item
 
 
-@struct.dataclass
+@pytree
 class Features:
     """Feature maps of one run.
 

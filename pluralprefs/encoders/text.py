@@ -7,16 +7,17 @@ from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
-from flax import nnx, struct
+from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from pluralprefs.encoders.pooling import Pooling, l2_normalise, pool, pool_spans
 from pluralprefs.encoders.tokens import Renderer
 from pluralprefs.encoders.weights import EncoderError
+from pluralprefs.pytrees import pytree, static
 from pluralprefs.types import Comparisons, Encoder, Item, Replaceable, Tokens
 
 
-@struct.dataclass
+@pytree
 class Span(Replaceable):
     """The place of a text in a packed row: its first token and how many it has."""
 
@@ -24,7 +25,7 @@ class Span(Replaceable):
     size: Int[Array, "*batch"]
 
 
-@struct.dataclass
+@pytree
 class Packed(Replaceable):
     """Comparisons whose texts stand one after the other in shared rows, all texts of a comparison in one row.
 
@@ -36,7 +37,7 @@ class Packed(Replaceable):
     comparisons: Comparisons[Any]
 
 
-@struct.dataclass
+@pytree
 class TextEncoder(Replaceable):
     """Tokens -> Item with one embedding a text, jit-able and differentiable in `params`.
 
@@ -48,16 +49,16 @@ class TextEncoder(Replaceable):
     packs: ClassVar[bool] = False
 
     params: Mapping[str, Any]
-    graphdef: Any = struct.field(pytree_node=False)
-    renderer: Renderer = struct.field(pytree_node=False)
-    pooling: Pooling = struct.field(pytree_node=False)
-    normalise: bool = struct.field(pytree_node=False)
-    joint: bool = struct.field(pytree_node=False)
-    prompt: bool = struct.field(pytree_node=False)
-    dim: int = struct.field(pytree_node=False)
-    dtype: str = struct.field(pytree_node=False)
-    weights: str = struct.field(pytree_node=False)
-    kind: str = struct.field(pytree_node=False)
+    graphdef: Any = static()
+    renderer: Renderer = static()
+    pooling: Pooling = static()
+    normalise: bool = static()
+    joint: bool = static()
+    prompt: bool = static()
+    dim: int = static()
+    dtype: str = static()
+    weights: str = static()
+    kind: str = static()
 
     @property
     def identity(self) -> dict[str, Any]:

@@ -28,10 +28,10 @@ from typing import Any, NamedTuple, Self
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import struct
 from jaxtyping import Array, Bool, Float
 
 from pluralprefs.models.layers import ridge
+from pluralprefs.pytrees import pytree, static
 from pluralprefs.types import Item, Key, Replaceable
 
 
@@ -45,7 +45,7 @@ class _Read(NamedTuple):
     mask: Bool[Array, "*batch attributes"]
 
 
-@struct.dataclass
+@pytree
 class AttributeAttention(Replaceable):
     """See the module. Sizes: dim of h, attributes A, attribute_dim of e_i, width of the attention."""
 
@@ -57,9 +57,9 @@ class AttributeAttention(Replaceable):
     gain: Float[Array, ""]
     head: Float[Array, " dim"]
     stand_in: dict[str, Array] | None = None
-    paper: bool = struct.field(pytree_node=False, default=False)
-    context: bool = struct.field(pytree_node=False, default=True)
-    is_reduced: bool = struct.field(pytree_node=False, default=False)
+    paper: bool = static(default=False)
+    context: bool = static(default=True)
+    is_reduced: bool = static(default=False)
 
     @classmethod
     def init(

@@ -21,20 +21,20 @@ from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
-from flax import struct
 from jaxtyping import Array, Float, Int
 
 from pluralprefs.models.layers import Weights, init_mlp, mlp
+from pluralprefs.pytrees import pytree, static
 from pluralprefs.types import Item, Key
 
 
-@struct.dataclass
+@pytree
 class BradleyTerry:
     """See the module. `parts` names the columns of the embedding in order; `items` is the size of the item effects."""
 
     mlp: Weights | None
-    parts: tuple[tuple[str, int], ...] = struct.field(pytree_node=False)
-    items: int = struct.field(pytree_node=False)
+    parts: tuple[tuple[str, int], ...] = static()
+    items: int = static()
 
     @classmethod
     def init(

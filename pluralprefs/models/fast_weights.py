@@ -17,21 +17,21 @@ from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
-from flax import struct
 from jaxtyping import Array, Float
 
 from pluralprefs.models.layers import Weights, init_mlp, mlp
+from pluralprefs.pytrees import pytree, static
 from pluralprefs.types import Comparisons, Item, Key, UserPosterior
 
 
-@struct.dataclass
+@pytree
 class FastWeights:
     """See the module. The user state is the fast weight vector, [width]."""
 
     key: Weights
     log_rate: Float[Array, ""]
     log_ridge: Float[Array, ""]
-    normaliser: str = struct.field(pytree_node=False, default="ridge")
+    normaliser: str = static(default="ridge")
 
     @classmethod
     def init(

@@ -17,22 +17,22 @@ from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
-from flax import struct
 from jaxtyping import Array, Float
 
 from pluralprefs.models.layers import Weights, cosine, init_mlp, mlp, mlp_after_kernel, safe_norm
+from pluralprefs.pytrees import pytree, static
 from pluralprefs.types import Item, Key
 
 
-@struct.dataclass
+@pytree
 class IdealPoint:
     """PAL-A; see the module. The user state is the logits omega of the mixture weights, [prototypes]."""
 
     projector: Weights
     points: Float[Array, "prototypes dim"]
     log_scale: Float[Array, ""]
-    squared: bool = struct.field(pytree_node=False, default=False)
-    is_reduced: bool = struct.field(pytree_node=False, default=False)
+    squared: bool = static(default=False)
+    is_reduced: bool = static(default=False)
 
     @classmethod
     def init(
@@ -72,14 +72,14 @@ class IdealPoint:
         return replace(self, points=points, is_reduced=True), items
 
 
-@struct.dataclass
+@pytree
 class IdealDirection:
     """PAL-B; see the module. The user state is the logits omega of the mixture weights, [prototypes]."""
 
     projector: Weights
     prompt_projectors: Weights
     log_scale: Float[Array, ""]
-    is_reduced: bool = struct.field(pytree_node=False, default=False)
+    is_reduced: bool = static(default=False)
 
     @classmethod
     def init(

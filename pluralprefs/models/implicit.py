@@ -12,17 +12,17 @@ from __future__ import annotations
 
 from typing import Any, Self
 
-from flax import struct
 from jaxtyping import Array, Float
 
+from pluralprefs.pytrees import pytree, static
 from pluralprefs.types import Item, Key
 
 
-@struct.dataclass
+@pytree
 class ImplicitReward:
     """See the module. The user state is (): users differ by what their items were read with."""
 
-    beta: float = struct.field(pytree_node=False, default=0.005)
+    beta: float = static(default=0.005)
 
     def __post_init__(self) -> None:
         if not self.beta > 0.0:

@@ -16,21 +16,21 @@ from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
-from flax import struct
 from jaxtyping import Array, Float
 
 from pluralprefs.models.layers import Weights, init_mlp, mlp
+from pluralprefs.pytrees import pytree, static
 from pluralprefs.types import Item, Key
 
 
-@struct.dataclass
+@pytree
 class LowRank:
     """See the module. The user state is [rank]: weights if free, logits if on the simplex."""
 
     basis: Weights
-    rank: int = struct.field(pytree_node=False)
-    weights: str = struct.field(pytree_node=False, default="free")
-    is_reduced: bool = struct.field(pytree_node=False, default=False)
+    rank: int = static()
+    weights: str = static(default="free")
+    is_reduced: bool = static(default=False)
 
     @classmethod
     def init(

@@ -17,22 +17,22 @@ from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
-from flax import struct
 from jaxtyping import Array, Float
 
 from pluralprefs.models.layers import Weights, init_mlp, mlp
+from pluralprefs.pytrees import pytree, static
 from pluralprefs.types import Comparisons, Item, Key, UserPosterior
 
 
-@struct.dataclass
+@pytree
 class MetaReward:
     """See the module. The user state is the logits omega of the mixture, [rewards]."""
 
     basis: Weights
     start: Float[Array, " rewards"]
     log_scale: Float[Array, ""]
-    adapter: Callable[..., Any] = struct.field(pytree_node=False)
-    settings: tuple[tuple[str, Any], ...] = struct.field(pytree_node=False)
+    adapter: Callable[..., Any] = static()
+    settings: tuple[tuple[str, Any], ...] = static()
 
     @classmethod
     def init(

@@ -18,16 +18,16 @@ from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
-from flax import struct
 from jaxtyping import Array, Float
 
 from pluralprefs.models.layers import Weights, init_mlp, mlp
+from pluralprefs.pytrees import pytree, static
 from pluralprefs.types import Comparisons, Item, Key, UserPosterior
 
 Block = dict[str, Any]
 
 
-@struct.dataclass
+@pytree
 class NeuralProcess:
     """See the module. The user state is the latents of every layer, [layers, latents, width]."""
 
@@ -38,7 +38,7 @@ class NeuralProcess:
     blocks: tuple[tuple[Block, Block], ...]
     target: Weights
     head: Weights
-    heads: int = struct.field(pytree_node=False)
+    heads: int = static()
 
     @classmethod
     def init(

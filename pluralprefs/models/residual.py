@@ -18,13 +18,13 @@ from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
-from flax import struct
 from jaxtyping import Array, Float
 
+from pluralprefs.pytrees import pytree
 from pluralprefs.types import Comparisons, Covariance, Item, Replaceable, UserPosterior
 
 
-@struct.dataclass
+@pytree
 class Residual(Replaceable):
     """See the module. The user state is the family's ("state") and how far it is trusted ("trust")."""
 

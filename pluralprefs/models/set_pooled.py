@@ -17,14 +17,14 @@ from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
-from flax import struct
 from jaxtyping import Array, Float
 
 from pluralprefs.models.layers import Weights, init_mlp, mlp
+from pluralprefs.pytrees import pytree
 from pluralprefs.types import Comparisons, Item, Key, UserPosterior
 
 
-@struct.dataclass
+@pytree
 class SetPooled:
     """See the module. The user state is the pooled embedding u, [width]."""
 

@@ -20,14 +20,14 @@ from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
-from flax import struct
 from jaxtyping import Array, Float
 
 from pluralprefs.models.layers import Weights, init_mlp, mlp
+from pluralprefs.pytrees import pytree, static
 from pluralprefs.types import Comparisons, Covariance, Item, Key, UserPosterior
 
 
-@struct.dataclass
+@pytree
 class Variational:
     """See the module. The user state is z, [latent]; `beta` weighs the KL of a user in nats per comparison."""
 
@@ -35,8 +35,8 @@ class Variational:
     encoder: Weights
     decoder: Weights
     bilinear: Float[Array, "latent width"]
-    beta: float = struct.field(pytree_node=False)
-    symmetric: bool = struct.field(pytree_node=False)
+    beta: float = static()
+    symmetric: bool = static()
 
     @classmethod
     def init(
