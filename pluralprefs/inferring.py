@@ -5,7 +5,8 @@
 A fifth of the training users is held out first. They choose the number of epochs, and then `Residual`'s scalars: how
 much of the inferred shift to trust at each number of shots, and whether more shots than an episode has are to be used
 as they are. The family is then trained again on all users for as many epochs. A held-out user is judged out of fold
-twice: the family has not seen the user, nor the population the pair.
+twice: the family has not seen the user, nor the population the pair. Where one user's pairs are not independent
+(`cross_fit` "item") neither has seen the responses.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ KNOTS = (0, 1, 2, 4, 8, 16, 32, 64)  # numbers of shots at which trust is learne
 MANY = 512  # shots that are tried where users have more than an episode shows
 DRAWS = 5  # of shots for each held-out user
 HELD_OUT = 20  # per cent of the training users
+NEW_ITEMS = 30  # per cent of the items, where they are kept apart
 FEWEST = 2  # users to judge by; where there are fewer nothing is trusted
 
 
@@ -84,20 +86,35 @@ def fit_inferred(
     held = held_out(known)
     if "user" in pooled.levels and len(held):
         train = partial(_train, items=items, likelihood=likelihood, reduction=reduction, optimizer=optimizer,
-                        batch_size=batch_size, seed=seed, report=report, apart=kept_apart(pooled))  # fmt: skip
-        apart = np.isin(np.asarray(rows.user), held)
-        aside = take(judged, np.flatnonzero(apart))
-        chosen, done = train(model.family, take(judged, np.flatnonzero(~apart)), epochs=epochs, held=aside,
-                             notes=notes, folder=checkpoints and checkpoints / "held-out")  # fmt: skip
-        model = trusted(settled(model, chosen, items, rows), items, aside, notes, kept_apart(pooled))
+                        batch_size=batch_size, seed=seed, report=report,
+                        apart="item" if pooled.cross_fit == "item" else "pair")  # fmt: skip
+        fitted, aside, asked = judges(rows, held, pooled)
+        judging = take(judged, aside)
+        chosen, done = train(model.family, take(judged, fitted), epochs=epochs, held=judging, asked=asked, notes=notes,
+                             folder=checkpoints and checkpoints / "held-out")  # fmt: skip
+        model = trusted(settled(model, chosen, items, rows), items, judging, notes, asked)
         family, _ = train(model.family, judged, epochs=done, folder=checkpoints and checkpoints / "all")
         model = settled(model, family, items, rows)
     return _table(model, items, rows, pooled, users, communities, notes)
 
 
-def kept_apart(pooled: Pooled) -> str:
-    """What shots and questions of an episode must not share: what the population's folds are cut by, if "item"."""
-    return "item" if pooled.cross_fit == "item" else "pair"
+def judges(rows: Rows, held: np.ndarray, pooled: Pooled) -> tuple[np.ndarray, np.ndarray, str | np.ndarray]:
+    """Rows to train on, rows of held-out users to judge by, and what of those is asked about (`episode_indices`).
+
+    Where items are kept apart, `NEW_ITEMS` per cent of the items are held out too: held-out users show the others, and
+    are asked about items that the family has not seen, as it will be. Without such questions, items are parted anew.
+    """
+    apart = np.isin(np.asarray(rows.user), held)
+    whole = np.flatnonzero(~apart), np.flatnonzero(apart)
+    if pooled.cross_fit != "item":
+        return *whole, "pair"
+    sides = np.stack([rows.first, rows.second])
+    asked = np.array([_hash(f"new item|{i}") % 100 < NEW_ITEMS for i in range(int(sides.max()) + 1)])
+    new = asked[sides].sum(axis=0)
+    fitted = np.flatnonzero(~apart & (new == 0))
+    if not (len(fitted) and (apart & (new == 2)).any()):
+        return *whole, "item"
+    return fitted, whole[1], asked
 
 
 def held_out(known: np.ndarray) -> np.ndarray:
@@ -123,7 +140,7 @@ def settled(model: Residual, family: Any, items: Item, rows: Rows) -> Residual:
     return model.replace(family=family, prior=family.infer_user(gathered(items, padded(rows, np.array([-1])))).mean)
 
 
-def trusted(model: Residual, items: Item, rows: Rows, notes: dict[str, Any], apart: str = "pair") -> Residual:
+def trusted(model: Residual, items: Item, rows: Rows, notes: dict[str, Any], asked: str | np.ndarray) -> Residual:
     """Learn trust and most from the rows of users whom the family was not trained on.
 
     Each is what makes the moderated predictions of the rows that were not shown lose the fewest nats; a number of shots
@@ -132,12 +149,12 @@ def trusted(model: Residual, items: Item, rows: Rows, notes: dict[str, Any], apa
     open_ended = model.replace(trust=jnp.ones(len(KNOTS)).at[0].set(0.0), most=jnp.float32(1e6))
     trust, last = [0.0], float(SHOTS)
     for count in KNOTS[1:-1]:
-        asked = _shown(open_ended, items, rows, count, least=count, apart=apart)
-        trust.append(_least(*asked) if len(asked[0]) else trust[-1])
+        found = _shown(open_ended, items, rows, count, least=count, asked=asked)
+        trust.append(_least(*found) if len(found[0]) else trust[-1])
     many = min(int(np.unique(np.asarray(rows.user), return_counts=True)[1].max()), MANY)
     most, at_all = float(SHOTS), trust[-1]
     arms = {"all": 1e6, SHOTS: float(SHOTS)}
-    shown = {name: _shown(open_ended.replace(most=jnp.float32(cap)), items, rows, many, least=SHOTS + 1, apart=apart)
+    shown = {name: _shown(open_ended.replace(most=jnp.float32(cap)), items, rows, many, least=SHOTS + 1, asked=asked)
              for name, cap in arms.items() if many * 3 // 4 > SHOTS}  # fmt: skip
     if any(len(part[0]) for part in shown.values()):  # of users who have more than an episode shows
         factor = {name: _least(*part) for name, part in shown.items()}
@@ -156,7 +173,8 @@ def trusted(model: Residual, items: Item, rows: Rows, notes: dict[str, Any], apa
 def _train(
     family: Any, rows: Rows, *, items: Item, likelihood: Any, reduction: Reduction,
     optimizer: optax.GradientTransformation, epochs: int, batch_size: int, seed: int, report: Report | None,
-    folder: Path | None, apart: str, held: Rows | None = None, notes: dict[str, Any] | None = None,
+    folder: Path | None, apart: str, held: Rows | None = None, asked: str | np.ndarray = "pair",
+    notes: dict[str, Any] | None = None,
 ) -> tuple[Any, int]:  # fmt: skip
     """Train on episodes and return the family and the epochs that it took: those that serve `held` users best."""
 
@@ -165,7 +183,7 @@ def _train(
         steps = len(episodes.query.weight)
         return everywhere((episodes, ((number + np.arange(steps) / steps) / epochs).astype(np.float32)))
 
-    nats = None if held is None else partial(_held_out_nats, items, held_episodes(held, apart=apart))
+    nats = None if held is None else partial(_held_out_nats, items, held_episodes(held, asked))
     epoch = make_epoch_step(make_train_step(episode_loss(reduction=reduction), optimizer))
     step = jax.jit(epoch, out_shardings=all_devices())
     state = init_state(Params(family, (), likelihood), optimizer, jax.random.key(seed))
@@ -175,11 +193,13 @@ def _train(
     return best.params.model, best.epochs or epochs
 
 
-def held_episodes(rows: Rows, counts: tuple[int, ...] = (0, 2, 8, SHOTS), apart: str = "pair") -> Episode[Any]:
+def held_episodes(
+    rows: Rows, asked: str | np.ndarray = "pair", counts: tuple[int, ...] = (0, 2, 8, SHOTS)
+) -> Episode[Any]:
     """Fixed episodes of the users of `rows` with each number of shots: [episodes, shots | queries] index rows."""
     parts = []
     for number, count in enumerate(counts):
-        support, query = episode_indices(np.random.default_rng(number), rows, SHOTS, SHOTS, exactly=True, apart=apart)
+        support, query = episode_indices(np.random.default_rng(number), rows, SHOTS, SHOTS, exactly=True, apart=asked)
         parts.append((np.where(np.arange(SHOTS) < count, support, -1), query))
     support, query = (np.concatenate(side) for side in zip(*parts, strict=True))
     return Episode(support=padded(rows, support), query=padded(rows, query))
@@ -200,19 +220,19 @@ def _held_out_nats(items: Item, episodes: Episode[Any], params: Params) -> float
 Asked = tuple[np.ndarray, np.ndarray, np.ndarray, Rows]  # mean and variance of the shift, log-odds without it, rows
 
 
-def _shown(model: Residual, items: Item, rows: Rows, count: int, *, least: int, apart: str) -> Asked:
+def _shown(model: Residual, items: Item, rows: Rows, count: int, *, least: int, asked: str | np.ndarray) -> Asked:
     """Infer the users of `rows` from `count` shots, or as many as they have, and ask about the others, `DRAWS` times.
 
     Users who have fewer than `least` to show are left out.
     """
-    given, asked = [], []
+    given, questions = [], []
     for draw in range(DRAWS):
-        lines = episode_indices(np.random.default_rng(draw), rows, max(count, SHOTS), SHOTS, exactly=True, apart=apart)
+        lines = episode_indices(np.random.default_rng(draw), rows, max(count, SHOTS), SHOTS, exactly=True, apart=asked)
         shown, query = lines[0][:, :count], lines[1]
         enough = (shown >= 0).sum(1) >= least
         given.append(shown[enough])
-        asked.append(query[enough])
-    support, query = np.concatenate(given), np.concatenate(asked)
+        questions.append(query[enough])
+    support, query = np.concatenate(given), np.concatenate(questions)
     units = [np.broadcast_to(np.arange(len(part))[:, None], part.shape)[part >= 0] for part in (support, query)]
     picked = take(rows, query[query >= 0])
     alone = model.replace(weights=jax.tree.map(jnp.zeros_like, model.weights))

@@ -14,8 +14,10 @@ from test_parity import layers, softmax
 
 from pluralprefs.asking import suggest
 from pluralprefs.choosing import neighbours
+from pluralprefs.data.episodes import episode_indices
 from pluralprefs.data.files import DataError
-from pluralprefs.inferring import FEWEST, KNOTS, fit_inferred, held_out, settled, trusted
+from pluralprefs.fitting import take
+from pluralprefs.inferring import FEWEST, KNOTS, fit_inferred, held_out, judges, settled, trusted
 from pluralprefs.launch import fit
 from pluralprefs.likelihoods import Logistic, pooled_mean
 from pluralprefs.models.low_rank import LowRank
@@ -198,12 +200,37 @@ def test_what_shots_say_is_not_trusted_where_it_says_nothing():
     family = FAMILIES["fast_weights"]()
     model = Residual.init(population=LowRank.init(key=KEY, dim=DIM, rank=1), family=family, knots=len(KNOTS))
     notes = {}
-    coins = trusted(settled(model, family, X, table), X, table, notes)
+    coins = trusted(settled(model, family, X, table), X, table, notes, "pair")
     assert float(jnp.abs(coins.trust).max()) < 0.15
     taste = np.asarray(draw.normal(size=(60, DIM)))[table.user] * 3
     told = ((taste * (E[first] - E[second])).sum(1) > 0).astype(np.float32)
-    told = trusted(settled(model, family, X, table), X, table.replace(target=told), notes)
+    told = trusted(settled(model, family, X, table), X, table.replace(target=told), notes, "pair")
     assert float(told.trust[-3:].min()) > 0.5
+
+
+def test_where_items_are_kept_apart_held_out_users_are_asked_about_items_that_no_training_row_has():
+    draw = np.random.default_rng(0)
+    user = np.repeat(np.arange(30, dtype=np.int32), 40)
+    first = draw.integers(0, 50, len(user)).astype(np.int32)
+    second = ((first + draw.integers(1, 50, len(user))) % 50).astype(np.int32)
+    table = jax.tree.map(np.asarray, rows(first, second, np.ones(len(user)), np.ones(len(user))).replace(user=user))
+    held = held_out(np.unique(user))
+    fitted, aside, asked = judges(table, held, Pooled(cross_fit="item"))
+    assert not set(user[fitted]) & set(held)
+    assert set(user[aside]) == set(held)
+    assert not asked[first[fitted]].any()
+    assert not asked[second[fitted]].any()
+    judging = take(table, aside)
+    support, query = episode_indices(np.random.default_rng(0), judging, 32, 32, exactly=True, apart=asked)
+    assert (query >= 0).any()
+    for side in (judging.first, judging.second):
+        assert asked[side[query[query >= 0]]].all()
+        assert not asked[side[support[support >= 0]]].any()
+    everything = judges(table, held, Pooled())
+    assert everything[2] == "pair"
+    assert len(everything[0]) + len(everything[1]) == len(user)
+    nothing_new = take(table, np.flatnonzero(~asked[first] | ~asked[second]))
+    assert judges(nothing_new, held, Pooled(cross_fit="item"))[2] == "item"
 
 
 def test_users_are_held_out_to_judge_by_unless_there_are_too_few():

@@ -6,7 +6,8 @@ of its responses comes first. Passes are as many as ask about as many rows as th
 
 Where pairs are made of one user's votes, a question that shares a response with a shot is half answered by it. With
 `apart` "item" each pass parts the responses of each user at random, a part between one half and nine tenths to be
-shown, and shots and questions have no response in common: what is learned is what shots say of new responses.
+shown, and shots and questions have no response in common: what is learned is what shots say of new responses. An array
+instead says which responses are asked about.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 
 from pluralprefs.data.batches import steps_per_epoch, take_rows
 from pluralprefs.types import Comparisons, Episode
@@ -56,21 +57,22 @@ def episode_epoch(
 
 def episode_indices(
     draw: np.random.Generator, rows: Comparisons[Any], shots: int, queries: int, *, exactly: bool = False,
-    apart: str = "pair",
+    apart: str | Bool[np.ndarray, " items"] = "pair",
 ) -> tuple[Int[np.ndarray, "users shots"], Int[np.ndarray, "users queries"]]:  # fmt: skip
     """Rows of one pass, one line a user in random order, -1 where there is none.
 
     With `exactly` every user shows `shots` rows, but keeps a quarter to ask about (apart "item": of the responses);
     else a number drawn for each. The first n of a line's shots are a shuffle's first n. Raises ValueError unless
-    `apart` is "pair" or "item".
+    `apart` is "pair", "item" or an array, true for the responses that are asked about.
     """
-    if apart not in ("pair", "item"):
+    if isinstance(apart, str) and apart not in ("pair", "item"):
         raise ValueError(f"apart is 'pair' or 'item', not {apart!r}")
     order = draw.permutation(np.flatnonzero(_usable(rows)))
     order = order[np.argsort(np.asarray(rows.user)[order], kind="stable")]
     _, start, count = np.unique(np.asarray(rows.user)[order], return_index=True, return_counts=True)
-    if apart == "item":
-        support, query = _items_apart(draw, rows, order, start, count, shots, queries, exactly)
+    if not isinstance(apart, str) or apart == "item":
+        asked = None if isinstance(apart, str) else apart
+        support, query = _items_apart(draw, rows, order, start, count, shots, queries, exactly, asked)
         if not exactly:
             support = np.where(np.arange(shots) < draw.integers(0, shots + 1, len(start))[:, None], support, -1)
     else:
@@ -90,7 +92,7 @@ def episode_indices(
 
 def _items_apart(
     draw: np.random.Generator, rows: Comparisons[Any], order: np.ndarray, start: np.ndarray, count: np.ndarray,
-    shots: int, queries: int, exactly: bool,
+    shots: int, queries: int, exactly: bool, asked: np.ndarray | None,
 ) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
     """Part each user's responses, and return rows of two that are shown and rows of two that are asked about."""
     line = np.repeat(np.arange(len(start)), count)
@@ -103,7 +105,8 @@ def _items_apart(
     rank[shuffled] = np.arange(len(items))
     first, many = np.searchsorted(owner, np.arange(len(start))), np.bincount(owner, minlength=len(start))
     share = np.full(len(start), 0.75) if exactly else draw.uniform(*APART, len(start))
-    shown = (rank - first[owner] < np.round(share * many)[owner])[place]
+    shown = rank - first[owner] < np.round(share * many)[owner] if asked is None else ~asked[items % width]
+    shown = shown[place]
     both = shown.reshape(2, -1).sum(axis=0)  # of a row's two responses
 
     def lines(wanted: int, size: int) -> np.ndarray:
