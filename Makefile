@@ -5,7 +5,9 @@ BIN := $(VENV)/bin
 PYTEST_ARGS ?=
 # Test files are shared out to two processes: much of a test is compiling, which keeps one core busy.
 WORKERS ?= 2
-PYTEST = $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(PYTEST_ARGS)
+# And most of that is LLVM making fast what runs once: the slow tests keep what users get.
+UNTUNED = XLA_FLAGS="--xla_backend_optimization_level=0 $$XLA_FLAGS"
+PYTEST = $(UNTUNED) $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(PYTEST_ARGS)
 # The first Python that is new enough; PYTHON=... chooses another.
 PYTHON ?= $(shell for p in python3 python3.12 python3.11 python3.13 python3.14; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo $$p; break; }; done)

@@ -40,6 +40,7 @@ MANY = 512  # shots that are tried where users have more than an episode shows
 DRAWS = 5  # of shots for each held-out user
 HELD_OUT = 20  # per cent of the training users
 NEW_ITEMS = 30  # per cent of the items, where they are kept apart
+FEW = 4  # see `trusted`
 FEWEST = 2  # users to judge by; where there are fewer nothing is trusted
 
 
@@ -143,27 +144,30 @@ def settled(model: Residual, family: Any, items: Item, rows: Rows) -> Residual:
 def trusted(model: Residual, items: Item, rows: Rows, notes: dict[str, Any], asked: str | np.ndarray) -> Residual:
     """Learn trust and most from the rows of users whom the family was not trained on.
 
-    Each is what makes the moderated predictions of the rows that were not shown lose the fewest nats; a number of shots
-    that no user has is trusted as the number before it.
+    Each is what makes the moderated predictions of the rows that were not shown lose the fewest nats. A number of shots
+    that few have, under a `FEW`th of the questions that one shot leaves, teaches noise: it is trusted as the number
+    before it, and more shots than that count as that many.
     """
     open_ended = model.replace(trust=jnp.ones(len(KNOTS)).at[0].set(0.0), most=jnp.float32(1e6))
-    trust, last = [0.0], float(SHOTS)
+    trust, judged, questions = [0.0], 0, 1
     for count in KNOTS[1:-1]:
         found = _shown(open_ended, items, rows, count, least=count, asked=asked)
-        trust.append(_least(*found) if len(found[0]) else trust[-1])
+        questions = len(found[0]) if count == 1 else questions
+        enough = FEW * len(found[0]) >= max(questions, 1)
+        trust.append(_least(*found) if enough else trust[-1])
+        judged = count if enough else judged
     many = min(int(np.unique(np.asarray(rows.user), return_counts=True)[1].max()), MANY)
-    most, at_all = float(SHOTS), trust[-1]
-    arms = {"all": 1e6, SHOTS: float(SHOTS)}
+    most, at_all, last = float(judged), trust[-1], SHOTS + 1.0
+    arms = {"all": 1e6, judged: float(judged)}
     shown = {name: _shown(open_ended.replace(most=jnp.float32(cap)), items, rows, many, least=SHOTS + 1, asked=asked)
-             for name, cap in arms.items() if many * 3 // 4 > SHOTS}  # fmt: skip
-    if any(len(part[0]) for part in shown.values()):  # of users who have more than an episode shows
+             for name, cap in arms.items() if many * 3 // 4 > SHOTS == judged}  # fmt: skip
+    if any(FEW * len(part[0]) >= max(questions, 1) for part in shown.values()):
         factor = {name: _least(*part) for name, part in shown.items()}
         nats = {name: validation_nats(part[2] + factor[name] * part[0], factor[name] ** 2 * part[1], part[3])
                 for name, part in shown.items()}  # fmt: skip
         best = min(nats, key=nats.__getitem__)
-        most, at_all, last = arms[best], factor[best], many * 0.75
+        most, at_all, last = arms[best], factor[best], max(last, many * 0.75)
         notes["validation_nll_of_shots"] = {str(name): value for name, value in nats.items()}
-    last = max(last, SHOTS + 1.0)
     shots = jnp.asarray([*KNOTS[:-1], last], jnp.float32)
     notes["trust"] = {str(k): s for k, s in zip(KNOTS[1:-1], trust[1:], strict=True)} | {"all": at_all}
     return model.replace(shots=shots, trust=jnp.asarray([*trust, at_all], jnp.float32),

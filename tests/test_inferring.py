@@ -208,6 +208,23 @@ def test_what_shots_say_is_not_trusted_where_it_says_nothing():
     assert float(told.trust[-3:].min()) > 0.5
 
 
+def test_a_number_of_shots_that_few_have_is_trusted_as_the_number_before_it():
+    draw = np.random.default_rng(0)
+    user = np.append(np.repeat(np.arange(200), 5), np.repeat([200, 201], 60)).astype(np.int32)
+    first = draw.integers(0, 6, len(user)).astype(np.int32)
+    second = ((first + draw.integers(1, 6, len(user))) % 6).astype(np.int32)
+    taste = np.asarray(draw.normal(size=(202, DIM)))[user] * 3
+    told = ((taste * (E[first] - E[second])).sum(1) > 0).astype(np.float32)
+    told = np.where(user >= 200, draw.integers(0, 2, len(user)), told)  # who shows more answers by chance
+    table = jax.tree.map(np.asarray, rows(first, second, told)).replace(user=user)
+    family = FAMILIES["fast_weights"]()
+    model = Residual.init(population=LowRank.init(key=KEY, dim=DIM, rank=1), family=family, knots=len(KNOTS))
+    found = trusted(settled(model, family, X, table), X, table, {}, "pair")
+    assert float(found.trust[3]) > 0.2  # 4 shots, all that most have
+    np.testing.assert_allclose(found.trust[3:], found.trust[3])
+    assert float(found.most) == 4.0
+
+
 def test_where_items_are_kept_apart_held_out_users_are_asked_about_items_that_no_training_row_has():
     draw = np.random.default_rng(0)
     user = np.repeat(np.arange(30, dtype=np.int32), 40)
