@@ -24,8 +24,8 @@ from pluralprefs.run import load
 FAMILY = """
 experiment = Experiment(
     data=partial(comparisons.read, os.environ["FOLDER"] + "/data.jsonl"), encoder=partial(encoders.load, "attributes"),
-    model=partial(IdealPoint.init, prototypes=2, hidden=()), epochs=2, batch_size=63, shots=(0, 2), draws=1,
-    users=Pooled(levels=("user",), gain=False, rounds=1, cross_fit=None, strength=1.0), seeds=(0, 1), name="points",
+    model=partial(LowRank.init, rank=2), epochs=2, batch_size=63, shots=(0, 2), draws=1,
+    users=Pooled(levels=("user",), gain=False, rounds=1, cross_fit=None, strength=1.0), seeds=(0, 1), name="low_rank",
     save_users=True, controls=False,
 )
 """
@@ -49,7 +49,7 @@ from pluralprefs.backbone import Backbone
 from pluralprefs.data import comparisons
 from pluralprefs.encoders.lora import Lora
 from pluralprefs.experiment import FAMILIES, Experiment
-from pluralprefs.models.ideal_point import IdealPoint
+from pluralprefs.models.low_rank import LowRank
 from pluralprefs.users import Pooled
 
 if "KILL" in os.environ:
