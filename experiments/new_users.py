@@ -125,22 +125,27 @@ def calibration(
     at = (pl.col("cell") == cell) & pl.col("control").is_null()
     lines = [["route", "%", *(f"{n} shots" for n in SHOTS)]]
     for route, part in rows.items():
-        error = metrics.filter(at, pl.col("model") == route, pl.col("community").is_null(), metric="ece").sort("shots")
-        lines.append([route, "calibration error", *(f"{100 * value:.1f}" for value in error["value"])])
+        error = metrics.filter(at, pl.col("model") == route, pl.col("community").is_null(), metric="ece")
+        lines.append([route, "calibration error", *by_shots(error, "value")])
         if world is not None:
             truth = world.table.select("example_id", "true_log_odds")
             found = covered(part.filter(at).join(truth, on="example_id"))
-            lines.append([route, "coverage", *("" if one is None else f"{100 * one:.1f}" for one in found)])
+            lines.append([route, "coverage", *by_shots(found, "inside")])
     return lines
 
 
-def covered(rows: pl.DataFrame) -> list[float | None]:
-    """The share of rows with their true log-odds in the 90 % interval, by shots; None where intervals have no width."""
+def by_shots(table: pl.DataFrame, column: str) -> list[str]:
+    """A column in per cent for each of `SHOTS`, empty where there is none."""
+    found = dict(table.select("shots", column).iter_rows())
+    return ["" if found.get(n) is None else f"{100 * found[n]:.1f}" for n in SHOTS]
+
+
+def covered(rows: pl.DataFrame) -> pl.DataFrame:
+    """The share `inside` of rows with true log-odds in the 90 % interval, by shots; None where it has no width."""
     std = pl.col("log_odds_std")
     mean = pl.col("log_odds") * (1 + np.pi * std**2 / 8).sqrt()  # undo the moderation
     inside = ((mean - pl.col("true_log_odds")).abs() < 1.645 * std).mean()
-    found = rows.group_by("shots").agg(inside=pl.when(std.max() > 0).then(inside)).sort("shots")
-    return found["inside"].to_list()
+    return rows.group_by("shots").agg(inside=pl.when(std.max() > 0).then(inside)).sort("shots")
 
 
 def markdown(lines: list[list[str]]) -> str:

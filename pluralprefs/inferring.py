@@ -6,7 +6,7 @@ A fifth of the training users is held out first. They choose the number of epoch
 much of the inferred shift to trust at each number of shots, and whether more shots than an episode has are to be used
 as they are. The family is then trained again on all users for as many epochs. A held-out user is judged out of fold
 twice: the family has not seen the user, nor the population the pair. Where one user's pairs are not independent
-(`cross_fit` "item") neither has seen the responses.
+(`cross_fit` "item") neither has seen the responses, as long as users have enough of them.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ MANY = 512  # shots that are tried where users have more than an episode shows
 DRAWS = 5  # of shots for each held-out user
 HELD_OUT = 20  # per cent of the training users
 NEW_ITEMS = 30  # per cent of the items, where they are kept apart
-FEW = 4  # see `trusted`
+ENOUGH = 20  # users who have shown a number of shots, to learn how far it is to be trusted
 FEWEST = 2  # users to judge by; where there are fewer nothing is trusted
 
 
@@ -89,9 +89,9 @@ def fit_inferred(
         train = partial(_train, items=items, likelihood=likelihood, reduction=reduction, optimizer=optimizer,
                         batch_size=batch_size, seed=seed, report=report,
                         apart="item" if pooled.cross_fit == "item" else "pair")  # fmt: skip
-        fitted, aside, asked = judges(rows, held, pooled)
+        part, aside, asked = judges(rows, held, pooled)
         judging = take(judged, aside)
-        chosen, done = train(model.family, take(judged, fitted), epochs=epochs, held=judging, asked=asked, notes=notes,
+        chosen, done = train(model.family, take(judged, part), epochs=epochs, held=judging, asked=asked, notes=notes,
                              folder=checkpoints and checkpoints / "held-out")  # fmt: skip
         model = trusted(settled(model, chosen, items, rows), items, judging, notes, asked)
         family, _ = train(model.family, judged, epochs=done, folder=checkpoints and checkpoints / "all")
@@ -103,19 +103,30 @@ def judges(rows: Rows, held: np.ndarray, pooled: Pooled) -> tuple[np.ndarray, np
     """Rows to train on, rows of held-out users to judge by, and what of those is asked about (`episode_indices`).
 
     Where items are kept apart, `NEW_ITEMS` per cent of the items are held out too: held-out users show the others, and
-    are asked about items that the family has not seen, as it will be. Without such questions, items are parted anew.
+    are asked about items that the family has not seen, as it will be. That leaves about half of the rows to train on
+    and half of a user's rows to show. Where fewer than `FEWEST` users could be asked so, items are parted anew for each
+    user, and where that fails too, only pairs are kept apart.
     """
+    usable = (np.asarray(rows.user) >= 0) & (np.asarray(rows.weight) > 0)
     apart = np.isin(np.asarray(rows.user), held)
-    whole = np.flatnonzero(~apart), np.flatnonzero(apart)
+    others, aside = np.flatnonzero(usable & ~apart), np.flatnonzero(usable & apart)
     if pooled.cross_fit != "item":
-        return *whole, "pair"
-    sides = np.stack([rows.first, rows.second])
-    asked = np.array([_hash(f"new item|{i}") % 100 < NEW_ITEMS for i in range(int(sides.max()) + 1)])
-    new = asked[sides].sum(axis=0)
-    fitted = np.flatnonzero(~apart & (new == 0))
-    if not (len(fitted) and (apart & (new == 2)).any()):
-        return *whole, "item"
-    return fitted, whole[1], asked
+        return others, aside, "pair"
+    new = np.array(
+        [_hash(f"new item|{i}") % 100 < NEW_ITEMS for i in range(int(max(rows.first.max(), rows.second.max())) + 1)]
+    )
+    fitted = others[~new[rows.first[others]] & ~new[rows.second[others]]]
+    tried: list[tuple[np.ndarray, str | np.ndarray]] = [(fitted, new), (others, "item")]
+    for part, asked in tried:
+        if len(np.unique(rows.user[part])) >= FEWEST <= _askable(take(rows, aside), asked):
+            return part, aside, asked
+    return others, aside, "pair"
+
+
+def _askable(rows: Rows, asked: str | np.ndarray) -> int:
+    """How many users have a question where shots and questions are kept apart so."""
+    _, query = episode_indices(np.random.default_rng(0), rows, SHOTS, SHOTS, exactly=True, apart=asked)
+    return int((query >= 0).any(axis=1).sum())
 
 
 def held_out(known: np.ndarray) -> np.ndarray:
@@ -145,29 +156,32 @@ def trusted(model: Residual, items: Item, rows: Rows, notes: dict[str, Any], ask
     """Learn trust and most from the rows of users whom the family was not trained on.
 
     Each is what makes the moderated predictions of the rows that were not shown lose the fewest nats. A number of shots
-    that few have, under a `FEW`th of the questions that one shot leaves, teaches noise: it is trusted as the number
-    before it, and more shots than that count as that many.
+    that few have, fewer than `ENOUGH` users and than a quarter of those who have one, teaches noise: it is trusted as
+    the number before it, and more shots than that count as that many, since nobody bore out that they say more.
     """
     open_ended = model.replace(trust=jnp.ones(len(KNOTS)).at[0].set(0.0), most=jnp.float32(1e6))
-    trust, judged, questions = [0.0], 0, 1
+    trust, borne_out, everyone = [0.0], 0, 1
     for count in KNOTS[1:-1]:
         found = _shown(open_ended, items, rows, count, least=count, asked=asked)
-        questions = len(found[0]) if count == 1 else questions
-        enough = FEW * len(found[0]) >= max(questions, 1)
+        users = len(np.unique(found[3].user))
+        everyone = max(users, 1) if count == 1 else everyone
+        enough = users >= min(ENOUGH, everyone / 4)
         trust.append(_least(*found) if enough else trust[-1])
-        judged = count if enough else judged
+        borne_out = count if enough else borne_out
     many = min(int(np.unique(np.asarray(rows.user), return_counts=True)[1].max()), MANY)
-    most, at_all, last = float(judged), trust[-1], SHOTS + 1.0
-    arms = {"all": 1e6, judged: float(judged)}
-    shown = {name: _shown(open_ended.replace(most=jnp.float32(cap)), items, rows, many, least=SHOTS + 1, asked=asked)
-             for name, cap in arms.items() if many * 3 // 4 > SHOTS == judged}  # fmt: skip
-    if any(FEW * len(part[0]) >= max(questions, 1) for part in shown.values()):
-        factor = {name: _least(*part) for name, part in shown.items()}
-        nats = {name: validation_nats(part[2] + factor[name] * part[0], factor[name] ** 2 * part[1], part[3])
-                for name, part in shown.items()}  # fmt: skip
-        best = min(nats, key=nats.__getitem__)
-        most, at_all, last = arms[best], factor[best], max(last, many * 0.75)
-        notes["validation_nll_of_shots"] = {str(name): value for name, value in nats.items()}
+    shown_of_many = many * (0.75 if isinstance(asked, str) and asked == "pair" else 0.5)
+    most, at_all, last = float(borne_out), trust[-1], SHOTS + 1.0
+    if borne_out == SHOTS < int(shown_of_many):  # some show more than an episode does
+        arms = {"all": 1e6, SHOTS: float(SHOTS)}
+        shown = {name: _shown(open_ended.replace(most=jnp.float32(cap)), items, rows, many, least=SHOTS + 1,
+                              asked=asked) for name, cap in arms.items()}  # fmt: skip
+        if len(np.unique(shown["all"][3].user)) >= min(ENOUGH, everyone / 4):
+            factor = {name: _least(*part) for name, part in shown.items()}
+            nats = {name: validation_nats(part[2] + factor[name] * part[0], factor[name] ** 2 * part[1], part[3])
+                    for name, part in shown.items()}  # fmt: skip
+            best = min(nats, key=nats.__getitem__)
+            most, at_all, last = arms[best], factor[best], max(last, shown_of_many)
+            notes["validation_nll_of_shots"] = {str(name): value for name, value in nats.items()}
     shots = jnp.asarray([*KNOTS[:-1], last], jnp.float32)
     notes["trust"] = {str(k): s for k, s in zip(KNOTS[1:-1], trust[1:], strict=True)} | {"all": at_all}
     return model.replace(shots=shots, trust=jnp.asarray([*trust, at_all], jnp.float32),

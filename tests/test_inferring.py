@@ -248,6 +248,10 @@ def test_where_items_are_kept_apart_held_out_users_are_asked_about_items_that_no
     assert len(everything[0]) + len(everything[1]) == len(user)
     nothing_new = take(table, np.flatnonzero(~asked[first] | ~asked[second]))
     assert judges(nothing_new, held, Pooled(cross_fit="item"))[2] == "item"
+    without = nothing_new.replace(weight=np.where(np.isin(nothing_new.user, held), 0.0, nothing_new.weight))
+    few = take(table, np.concatenate([np.flatnonzero(user == one)[:2] for one in range(30)]))
+    for poor in (without, few):  # nobody can be asked about other items than are shown
+        assert judges(poor, held, Pooled(cross_fit="item"))[2] == "pair"
 
 
 def test_users_are_held_out_to_judge_by_unless_there_are_too_few():

@@ -24,7 +24,7 @@ class Flattered(IdealPoint):
 class Kept:
     x: jax.Array
     rest: dict
-    rank: int = static(3)
+    rank: int = static(default=3)
 
 
 def test_a_family_is_not_taken_for_one_whose_fields_it_inherits():

@@ -2,7 +2,7 @@
 
 An epoch is a pure function of (seed, number): each pass over the users shuffles the rows of each, shows the first n of
 them, n uniform from 0 to `shots`, and asks the next `queries`. A pair that is among the shots is never asked, whichever
-of its responses comes first. Passes are as many as ask about as many rows as there are.
+of its responses comes first. Passes are as many as ask about as many rows as there are, or less where users have few.
 
 Where pairs are made of one user's votes, a question that shares a response with a shot is half answered by it. With
 `apart` "item" each pass parts the responses of each user at random, a part between one half and nine tenths to be
@@ -32,8 +32,8 @@ def episode_epoch(
     """Lay out epoch `number` as index episodes: support [steps, users, shots] and query [steps, users, queries].
 
     `rows` are numpy index rows; those of unknown users or of weight 0 are left out, and so is who has no row. A step
-    asks about `batch_size` rows where users have enough of them. What is missing is padding of weight 0. Raises
-    ValueError where no user has a row.
+    asks about `batch_size` rows where users have enough of them. What is missing is padding of weight 0. `apart` is
+    what shots and questions must not share, "pair" or "item". Raises ValueError where no user has a row.
     """
     draw = np.random.default_rng([seed, number])
     users = len(np.unique(np.asarray(rows.user)[_usable(rows)]))
@@ -95,6 +95,8 @@ def _items_apart(
     shots: int, queries: int, exactly: bool, asked: np.ndarray | None,
 ) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
     """Part each user's responses, and return rows of two that are shown and rows of two that are asked about."""
+    if not len(order):
+        return np.full((0, shots), -1), np.full((0, queries), -1)
     line = np.repeat(np.arange(len(start)), count)
     sides = np.concatenate([np.asarray(rows.first)[order], np.asarray(rows.second)[order]]).astype(np.int64)
     width = int(sides.max()) + 1
