@@ -11,6 +11,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 # Lowest first; a word is a module or a folder of pluralprefs, and neighbours on a floor do not import each other.
 FLOORS = [
+    "pytrees",
     "types terminal",
     "intervals likelihoods sharding describe",
     "metrics hosts",
