@@ -344,7 +344,8 @@ def updated_root(root: np.ndarray, moments: Moments, names: tuple[str, ...]) -> 
 def _at_most(root: np.ndarray, most: np.ndarray) -> np.ndarray:
     """The root with each coordinate's standard deviation at most that of `most`, where that is not zero."""
     deviation = np.abs(root) if root.ndim == 1 else np.sqrt((root**2).sum(1))
-    shrink = np.where(most > 0, np.minimum(1.0, most / np.maximum(deviation, 1e-30)), 1.0).astype(np.float32)
+    shrink = np.divide(most, deviation, out=np.ones_like(deviation), where=(most > 0) & (deviation > most))
+    shrink = shrink.astype(np.float32)
     return root * (shrink if root.ndim == 1 else shrink[:, None])
 
 
