@@ -25,14 +25,21 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import polars as pl
 from rich.console import Console
 
 from pluralprefs import encoders
 from pluralprefs.contrasts import paired_difference
 from pluralprefs.data import splits
-from pluralprefs.data.simulate import World, attribute_table, bayes_predictions, hierarchical, ideal_point, low_rank
+from pluralprefs.data.simulate import (
+    World,
+    attribute_table,
+    bayes_predictions,
+    covered,
+    hierarchical,
+    ideal_point,
+    low_rank,
+)
 from pluralprefs.describe import describe
 from pluralprefs.experiment import Experiment, every_family
 from pluralprefs.metrics import summarise
@@ -128,9 +135,7 @@ def calibration(
         error = metrics.filter(at, pl.col("model") == route, pl.col("community").is_null(), metric="ece")
         lines.append([route, "calibration error", *by_shots(error, "value")])
         if world is not None:
-            truth = world.table.select("example_id", "true_log_odds")
-            found = covered(part.filter(at).join(truth, on="example_id"))
-            lines.append([route, "coverage", *by_shots(found, "inside")])
+            lines.append([route, "coverage", *by_shots(covered(part.filter(at), world), "inside")])
     return lines
 
 
@@ -138,14 +143,6 @@ def by_shots(table: pl.DataFrame, column: str) -> list[str]:
     """A column in per cent for each of `SHOTS`, empty where there is none."""
     found = dict(table.select("shots", column).iter_rows())
     return ["" if found.get(n) is None else f"{100 * found[n]:.1f}" for n in SHOTS]
-
-
-def covered(rows: pl.DataFrame) -> pl.DataFrame:
-    """The share `inside` of rows with true log-odds in the 90 % interval, by shots; None where it has no width."""
-    std = pl.col("log_odds_std")
-    mean = pl.col("log_odds") * (1 + np.pi * std**2 / 8).sqrt()  # undo the moderation
-    inside = ((mean - pl.col("true_log_odds")).abs() < 1.645 * std).mean()
-    return rows.group_by("shots").agg(inside=pl.when(std.max() > 0).then(inside)).sort("shots")
 
 
 def markdown(lines: list[list[str]]) -> str:

@@ -35,6 +35,7 @@ from pluralprefs.data import splits
 from pluralprefs.data.simulate import (
     World,
     bayes_predictions,
+    covered,
     cyclic,
     hierarchical,
     ideal_direction,
@@ -141,13 +142,7 @@ def interval(values: pl.Series, users: pl.Series, draws: int = 1000) -> tuple[fl
 
 def coverage(world: World, parts: dict[str, Any], shots: tuple[int, ...]) -> pl.DataFrame:
     """Share of held-out comparisons of new users whose true log-odds lie in the 90 % interval, by shots."""
-    rows = predictions(world, parts, shots).filter(pl.col("shots").is_not_null())
-    variance = pl.col("log_odds_std") ** 2
-    mean = pl.col("log_odds") * (1 + np.pi * variance / 8).sqrt()  # undo the moderation
-    truth = world.table.select("example_id", "true_log_odds")
-    inside = (mean - pl.col("true_log_odds")).abs() < 1.645 * pl.col("log_odds_std")
-    joined = rows.join(truth, on="example_id").with_columns(inside=inside.cast(pl.Float64))
-    return joined.group_by("cell", "shots").agg(pl.col("inside").mean(), rows=pl.len()).sort("cell", "shots")
+    return covered(predictions(world, parts, shots).filter(pl.col("shots").is_not_null()), world)
 
 
 def show_bayes() -> None:

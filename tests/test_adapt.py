@@ -360,6 +360,10 @@ def test_a_sharp_mixture_is_followed_to_its_mode(seed, rows_more_than_coordinate
 def test_a_root_is_cut_to_the_widest_deviation_a_coordinate_may_have():
     most = np.array([1.0, 4.0, 0.0], np.float32)
     np.testing.assert_allclose(_at_most(np.array([3.0, 2.0, 5.0]), most), [1.0, 2.0, 5.0])  # 0: not known
+    nothing = np.array([1e-38, 0.0, 5.0], np.float32)
+    np.testing.assert_array_equal(
+        _at_most(nothing, np.array([1e9, 4.0, 2.0], np.float32)), np.float32([1e-38, 0.0, 2.0])
+    )
     full = np.array([[3.0, 0.0, 0.0], [3.0, 4.0, 0.0], [0.0, 0.0, 1.0]])
     cut = _at_most(full, most)
     np.testing.assert_allclose(np.sqrt(np.diag(cut @ cut.T)), [1.0, 4.0, 1.0], rtol=1e-6)

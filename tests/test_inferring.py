@@ -343,3 +343,30 @@ def test_a_level_of_communities_is_refused_and_without_a_level_of_users_all_are_
     alone = fit_inferred(model, X, table, Pooled(levels=(), cross_fit=None), **settings)
     np.testing.assert_array_equal(alone.model.trust, 0.0)
     np.testing.assert_array_equal(alone.users.user.state["trust"], 0.0)
+
+
+def test_users_are_inferred_where_items_are_kept_apart_and_where_nobody_can_be_asked_so():
+    draw = np.random.default_rng(0)
+    user = np.repeat(np.arange(40, dtype=np.int32), 12)
+    many = items(1, 30)
+    first = draw.integers(0, 30, len(user)).astype(np.int32)
+    second = ((first + draw.integers(1, 30, len(user))) % 30).astype(np.int32)
+    taste = draw.normal(size=(40, DIM))[user] * 3
+    shown = np.asarray(many.embedding)
+    told = ((taste * (shown[first] - shown[second])).sum(1) > 0).astype(np.float32)
+    table = jax.tree.map(np.asarray, rows(first, second, told)).replace(user=user)
+    population = LowRank.init(key=KEY, dim=DIM, rank=1)
+    model = Residual.init(population=population, family=FAMILIES["fast_weights"](), knots=len(KNOTS))
+    settings = {"population": lambda _: (population, Users.init(population, users=0, communities=0)), "users": 40,
+                "communities": 0, "likelihood": Logistic(), "reduction": pooled_mean, "optimizer": optax.adam(1e-2),
+                "epochs": 2, "batch_size": 64, "seed": 0}  # fmt: skip
+    two = take(table, np.concatenate([np.flatnonzero(user == one)[:2] for one in range(40)]))
+    for part in (table, two):
+        notes = {}
+        found = fit_inferred(model, many, part, Pooled(cross_fit="item", folds=2), notes=notes, **settings)
+        assert np.isfinite(notes["epochs_validation_nll"])
+        assert np.isfinite(np.asarray(found.model.trust)).all()
+        assert 1 <= notes["epochs"] <= 2
+        if part is table:
+            assert float(found.model.trust[2]) > 0.0
+            assert float(jnp.abs(found.users.user.state["state"]).max()) > 0.0

@@ -6,8 +6,8 @@ l_0 are the log-odds of a population (`population` at its state `weights`), f th
 (`family`), prior the user that it infers from no shots, n the number of shots whose weight is not 0. Without shots the
 log-odds are the population's. `trust` is how much of the shift validation users bore out at `shots` many shots,
 interpolated in log(1 + n), so that a user who has shown something is not served worse than one who has shown nothing.
-A weight of more than `most` together, the most that the family was trained on, counts as `most`, unless validation
-users said that it copes (`inferring` decides). The family reads shots with l_0 added to their `offset`, as it was
+A weight of more than `most` together, the most that validation users bore out, counts as `most`, unless these users
+said that it copes (`inferring` decides). The family reads shots with l_0 added to their `offset`, as it was
 trained.
 """
 

@@ -7,6 +7,7 @@ from pluralprefs.data.simulate.bayes import (
     posterior_predictive,
     summarise,
 )
+from pluralprefs.data.simulate.coverage import covered
 from pluralprefs.data.simulate.states import Noise
 from pluralprefs.data.simulate.worlds import (
     World,
@@ -25,6 +26,7 @@ __all__ = [
     "attribute_table",
     "bayes_accuracy",
     "bayes_predictions",
+    "covered",
     "cyclic",
     "hierarchical",
     "ideal_direction",
