@@ -44,7 +44,9 @@ from rich.console import Console
 from pluralprefs import encoders
 from pluralprefs.backbone import Backbone
 from pluralprefs.baselines import prediction_rows
+from pluralprefs.contrasts import paired_difference
 from pluralprefs.data import comparisons
+from pluralprefs.data.files import write_atomically
 from pluralprefs.data.sources import protocol
 from pluralprefs.encoders.checkpoint import stored_name
 from pluralprefs.encoders.decoder import Decoder
@@ -59,9 +61,9 @@ from pluralprefs.registry.files import save_arrays
 from pluralprefs.users import Pooled
 
 DATA = os.environ.get("PLURALPREFS_DATA", "../shared/data")
-ROWS = {"train": 2000, "validation": 500, "seen/testpair": 1500, "seen/newprompt": 1500}
-USERS = 60  # those with most training rows
-VOCABULARY, LENGTH = 2000, 48
+CELLS = ("train", "validation", *SEEN)
+VOCABULARY, LENGTH = 2000, 128
+TRAINED = ("trained", "lora")
 SIGNS = {
     "capitals": r"[A-Z]",
     "digits": r"[0-9]",
@@ -73,15 +75,9 @@ SIGNS = {
 console = Console(width=160, soft_wrap=True)
 
 
-def subset() -> pl.DataFrame:
-    """Rows of the busiest users, drawn by cell, with the attributes of their texts."""
-    table = protocol.load(DATA, "ukpconvarg1")
-    busy = table.filter(cell="train")["user_id"].value_counts().sort(["count", "user_id"], descending=[True, False])
-    table = table.filter(pl.col("user_id").is_in(busy["user_id"][:USERS].implode()))
-    parts = [table.filter(cell=cell) for cell in ROWS]
-    table = pl.concat(
-        [part.sample(min(count, part.height), seed=0) for part, count in zip(parts, ROWS.values(), strict=True)]
-    )
+def judged() -> pl.DataFrame:
+    """The rows of known users, with the attributes of their texts."""
+    table = protocol.load(DATA, "ukpconvarg1").filter(pl.col("cell").is_in(CELLS))
     return table.with_columns(
         (100 * pl.col(side).str.count_matches(sign) / pl.col(side).str.len_chars()).alias(f"attr:{name}:{side}")
         for name, sign in SIGNS.items()
@@ -133,7 +129,7 @@ def experiments(folder: Path) -> dict[str, Experiment]:
         for arm, (encoder, backbone) in (arms | {"minilm": ("minilm", None)}).items():
             found[f"{head}_{arm}"] = Experiment(
                 data=data, encoder=partial(encoders.load, encoder, **joined), backbone=backbone,
-                name=f"{head}_{arm}", data_name="ukp subset", refit=False,
+                name=f"{head}_{arm}", data_name="ukpconvarg1", refit=False,
                 **own,
             )  # fmt: skip
     return found
@@ -144,18 +140,30 @@ def _same(backbone: Backbone) -> dict[str, Any]:
 
 
 def main(folder: Path, only: str | None) -> None:
-    """Make what is missing, run what is asked for, and print accuracy and nats a cell."""
+    """Make what is missing, run what is asked for and was not run, and print accuracy and nats of all that was run."""
     if not (folder / "llama" / "model.safetensors").exists():
         (folder / "llama").mkdir(parents=True, exist_ok=True)
-        table = subset()
+        table = judged()
         comparisons.write(table, folder / "ukp.jsonl")
         train = table.filter(cell="train")
-        tiny_llama(folder / "llama", [*train["prompt"], *train["first"], *train["second"]])
+        tiny_llama(
+            folder / "llama", pl.concat([train[side] for side in ("prompt", "first", "second")]).unique().to_list()
+        )
     table = comparisons.read(folder / "ukp.jsonl", pseudonymise=False)
     show("length only", baseline_predictions(table, 0).filter(model="length only"))
-    for name, asked in experiments(folder).items():
-        if only is None or name in only.split(","):
-            show(name, predictions(asked, table))
+    arms = experiments(folder)
+    for name in arms if only is None else only.split(","):
+        if not (folder / f"{name}.parquet").exists():
+            write_atomically(folder / f"{name}.parquet", predictions(arms[name], table).write_parquet)
+    found = {
+        name: pl.read_parquet(folder / f"{name}.parquet") for name in arms if (folder / f"{name}.parquet").exists()
+    }
+    for name, rows in found.items():
+        show(name, rows)
+    for name, rows in found.items():
+        head, _, arm = name.partition("_")
+        if arm in TRAINED and f"{head}_frozen" in found:
+            compare(name, rows, found[f"{head}_frozen"])
 
 
 def predictions(asked: Experiment, table: pl.DataFrame) -> pl.DataFrame:
@@ -175,6 +183,15 @@ def show(name: str, rows: pl.DataFrame) -> None:
     for row in found.sort("cell", "metric").iter_rows(named=True):
         console.print(f"{name:18} {row['cell']:15} {row['metric']:9} {row['value']:.3f} [{row['ci_low']:.3f}, "
                       f"{row['ci_high']:.3f}]", highlight=False, markup=False)  # fmt: skip
+
+
+def compare(name: str, rows: pl.DataFrame, frozen: pl.DataFrame) -> None:
+    """Trained minus frozen on the same rows, with 95 % intervals over users."""
+    for cell in SEEN:
+        for metric in ("accuracy", "nll"):
+            gain = paired_difference(rows.filter(cell=cell), frozen.filter(cell=cell), metric)
+            console.print(f"{name + ' - frozen':26} {cell:15} {metric:9} {gain.value:+.3f} [{gain.ci_low:+.3f}, "
+                          f"{gain.ci_high:+.3f}]", highlight=False, markup=False)  # fmt: skip
 
 
 if __name__ == "__main__":

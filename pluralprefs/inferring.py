@@ -7,6 +7,11 @@ much of the inferred shift to trust at each number of shots, and whether more sh
 as they are. The family is then trained again on all users for as many epochs. A held-out user is judged out of fold
 twice: the family has not seen the user, nor the population the pair. Where one user's pairs are not independent
 (`cross_fit` "item") neither has seen the responses, as long as users have enough of them.
+
+What shots say of responses unlike all that the family has met is trusted apart: a fifth of the comparisons is kept from
+the family too, by all users, where they fall into groups of responses that were never compared with those of another
+group (the debates of ukpconvarg1, the conversations of polis, the prompts of most data). Users whom the family has not
+seen show and are asked about these. Where there are no such groups, all shots are trusted alike.
 """
 
 from __future__ import annotations
@@ -14,14 +19,16 @@ from __future__ import annotations
 import hashlib
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 from scipy.optimize import minimize_scalar
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
 
 from pluralprefs.adapting import adapt_and_predict, adapt_units
 from pluralprefs.data.episodes import episode_epoch, episode_indices
@@ -40,8 +47,18 @@ MANY = 512  # shots that are tried where users have more than an episode shows
 DRAWS = 5  # of shots for each held-out user
 HELD_OUT = 20  # per cent of the training users
 NEW_ITEMS = 30  # per cent of the items, where they are kept apart
+FAR = (20, 30)  # per cent of the rows, between which groups of responses are kept from the family
 ENOUGH = 20  # users who have shown a number of shots, to learn how far it is to be trusted
 FEWEST = 2  # users to judge by; where there are fewer nothing is trusted
+
+Apart = str | Bool[np.ndarray, " items"]  # what shots and questions do not share (`episode_indices`)
+
+
+class Judging(NamedTuple):
+    """Rows of users whom the family has not seen, and what of those is asked about."""
+
+    rows: Rows
+    asked: Apart
 
 
 def fit_inferred(
@@ -89,43 +106,74 @@ def fit_inferred(
         train = partial(_train, items=items, likelihood=likelihood, reduction=reduction, optimizer=optimizer,
                         batch_size=batch_size, seed=seed, report=report,
                         apart="item" if pooled.cross_fit == "item" else "pair")  # fmt: skip
-        part, aside, asked = judges(rows, held, pooled)
-        judging = take(judged, aside)
-        chosen, done = train(model.family, take(judged, part), epochs=epochs, held=judging, asked=asked, notes=notes,
+        part, near, far = judges(judged, held, pooled)
+        chosen, done = train(model.family, take(judged, part), epochs=epochs, held=near, notes=notes,
                              folder=checkpoints and checkpoints / "held-out")  # fmt: skip
-        model = trusted(settled(model, chosen, items, rows), items, judging, notes, asked)
+        model = trusted(settled(model, chosen, items, rows), items, notes, near, far)
         family, _ = train(model.family, judged, epochs=done, folder=checkpoints and checkpoints / "all")
         model = settled(model, family, items, rows)
     return _table(model, items, rows, pooled, users, communities, notes)
 
 
-def judges(rows: Rows, held: np.ndarray, pooled: Pooled) -> tuple[np.ndarray, np.ndarray, str | np.ndarray]:
-    """Rows to train on, rows of held-out users to judge by, and what of those is asked about (`episode_indices`).
+def judges(rows: Rows, held: np.ndarray, pooled: Pooled) -> tuple[np.ndarray, Judging, Judging | None]:
+    """Rows to train on, users to judge by, and users to judge by of whose responses the family meets none like them.
 
     Where items are kept apart, `NEW_ITEMS` per cent of the items are held out too: held-out users show the others, and
     are asked about items that the family has not seen, as it will be. That leaves about half of the rows to train on
     and half of a user's rows to show. Where fewer than `FEWEST` users could be asked so, items are parted anew for each
-    user, and where that fails too, only pairs are kept apart.
+    user, and where that fails too, only pairs are kept apart. The last is None where `far_items` are none or fewer than
+    `ENOUGH` users can be asked about them.
     """
     usable = (np.asarray(rows.user) >= 0) & (np.asarray(rows.weight) > 0)
+    far = usable & far_items(rows, usable)[rows.first]
+    part, near = _near(rows, held, usable & ~far, pooled)
+    if len(np.unique(near.rows.user)) >= FEWEST <= len(np.unique(rows.user[part])):
+        unseen = take(rows, np.flatnonzero(far & ~np.isin(rows.user, rows.user[part])))
+        for asked in ("item", "pair") if pooled.cross_fit == "item" else ("pair",):
+            if _askable(Judging(unseen, asked)) >= ENOUGH:
+                return part, near, Judging(unseen, asked)
+    return *_near(rows, held, usable, pooled), None
+
+
+def _near(rows: Rows, held: np.ndarray, usable: np.ndarray, pooled: Pooled) -> tuple[np.ndarray, Judging]:
     apart = np.isin(np.asarray(rows.user), held)
-    others, aside = np.flatnonzero(usable & ~apart), np.flatnonzero(usable & apart)
+    others, aside = np.flatnonzero(usable & ~apart), take(rows, np.flatnonzero(usable & apart))
     if pooled.cross_fit != "item":
-        return others, aside, "pair"
+        return others, Judging(aside, "pair")
     new = np.array(
         [_hash(f"new item|{i}") % 100 < NEW_ITEMS for i in range(int(max(rows.first.max(), rows.second.max())) + 1)]
     )
     fitted = others[~new[rows.first[others]] & ~new[rows.second[others]]]
-    tried: list[tuple[np.ndarray, str | np.ndarray]] = [(fitted, new), (others, "item")]
-    for part, asked in tried:
-        if len(np.unique(rows.user[part])) >= FEWEST <= _askable(take(rows, aside), asked):
-            return part, aside, asked
-    return others, aside, "pair"
+    for part, judging in ((fitted, Judging(aside, new)), (others, Judging(aside, "item"))):
+        if len(np.unique(rows.user[part])) >= FEWEST <= _askable(judging):
+            return part, judging
+    return others, Judging(aside, "pair")
 
 
-def _askable(rows: Rows, asked: str | np.ndarray) -> int:
+def far_items(rows: Rows, usable: Bool[np.ndarray, " rows"]) -> Bool[np.ndarray, " items"]:
+    """Items of groups to keep from the family: none is linked to an item of another group by comparisons.
+
+    Groups are taken in the order of a hash, until they are two or more and have the first of `FAR` per cent of the
+    rows; none that would make it more than the second. One alone is none: it says little of another.
+    """
+    count = int(max(rows.first.max(initial=-1), rows.second.max(initial=-1))) + 1
+    first, second = np.asarray(rows.first)[usable], np.asarray(rows.second)[usable]
+    links = coo_array((np.ones(len(first), bool), (first, second)), shape=(count, count))
+    groups, group = connected_components(links, directed=False)
+    size = 100 * np.bincount(group[first], minlength=groups) / max(len(first), 1)
+    _, least = np.unique(group, return_index=True)  # the first item of a group names it
+    taken: list[int] = []
+    taken_size = 0.0
+    for name in sorted(np.flatnonzero(size), key=lambda name: _hash(f"far|{least[name]}")):
+        if (taken_size < FAR[0] or len(taken) < 2) and taken_size + size[name] <= FAR[1]:
+            taken.append(int(name))
+            taken_size += size[name]
+    return np.isin(group, taken) & (len(taken) > 1)
+
+
+def _askable(judging: Judging) -> int:
     """How many users have a question where shots and questions are kept apart so."""
-    _, query = episode_indices(np.random.default_rng(0), rows, SHOTS, SHOTS, exactly=True, apart=asked)
+    _, query = episode_indices(np.random.default_rng(0), judging.rows, SHOTS, SHOTS, exactly=True, apart=judging.asked)
     return int((query >= 0).any(axis=1).sum())
 
 
@@ -152,17 +200,34 @@ def settled(model: Residual, family: Any, items: Item, rows: Rows) -> Residual:
     return model.replace(family=family, prior=family.infer_user(gathered(items, padded(rows, np.array([-1])))).mean)
 
 
-def trusted(model: Residual, items: Item, rows: Rows, notes: dict[str, Any], asked: str | np.ndarray) -> Residual:
-    """Learn trust and most from the rows of users whom the family was not trained on.
+def trusted(
+    model: Residual, items: Item, notes: dict[str, Any], near: Judging, far: Judging | None = None
+) -> Residual:  # fmt: skip
+    """Learn trust and most, of responses that the family knows and (where anybody can judge) of others.
 
     Each is what makes the moderated predictions of the rows that were not shown lose the fewest nats. A number of shots
     that few have, fewer than `ENOUGH` users and than a quarter of those who have one, teaches noise: it is trusted as
     the number before it, and more shots than that count as that many, since nobody bore out that they say more.
     """
-    open_ended = model.replace(trust=jnp.ones(len(KNOTS)).at[0].set(0.0), most=jnp.float32(1e6))
+    found = [_borne_out(model, items, near, notes)]
+    if far is not None:
+        own: dict[str, Any] = {}
+        found.append(_borne_out(model, items, far, own))
+        notes["far"] = own
+    shots, trust, most = (jnp.asarray(np.stack(part), jnp.float32) for part in zip(found[0], found[-1], strict=True))
+    return model.replace(shots=shots, trust=trust, most=most)
+
+
+def _borne_out(
+    model: Residual, items: Item, judging: Judging, notes: dict[str, Any]
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:  # fmt: skip
+    """Numbers of shots, how far each is trusted, and the most shots that count, by the users of `judging`."""
+    open_ended = model.replace(trust=jnp.ones((2, len(KNOTS))), most=jnp.full(2, 1e6),
+                               shots=jnp.tile(jnp.asarray(KNOTS, jnp.float32), (2, 1)))  # fmt: skip
+    rows, asked = judging
     trust, borne_out, everyone = [0.0], 0, 1
     for count in KNOTS[1:-1]:
-        found = _shown(open_ended, items, rows, count, least=count, asked=asked)
+        found = _shown(open_ended, items, judging, count, least=count)
         users = len(np.unique(found[3].user))
         everyone = max(users, 1) if count == 1 else everyone
         enough = users >= min(ENOUGH, everyone / 4)
@@ -173,8 +238,8 @@ def trusted(model: Residual, items: Item, rows: Rows, notes: dict[str, Any], ask
     most, at_all, last = float(borne_out), trust[-1], SHOTS + 1.0
     if borne_out == SHOTS < int(shown_of_many):  # some show more than an episode does
         arms = {"all": 1e6, SHOTS: float(SHOTS)}
-        shown = {name: _shown(open_ended.replace(most=jnp.float32(cap)), items, rows, many, least=SHOTS + 1,
-                              asked=asked) for name, cap in arms.items()}  # fmt: skip
+        shown = {name: _shown(open_ended.replace(most=jnp.full(2, cap)), items, judging, many, least=SHOTS + 1)
+                 for name, cap in arms.items()}  # fmt: skip
         if len(np.unique(shown["all"][3].user)) >= min(ENOUGH, everyone / 4):
             factor = {name: _least(*part) for name, part in shown.items()}
             nats = {name: validation_nats(part[2] + factor[name] * part[0], factor[name] ** 2 * part[1], part[3])
@@ -182,17 +247,14 @@ def trusted(model: Residual, items: Item, rows: Rows, notes: dict[str, Any], ask
             best = min(nats, key=nats.__getitem__)
             most, at_all, last = arms[best], factor[best], max(last, shown_of_many)
             notes["validation_nll_of_shots"] = {str(name): value for name, value in nats.items()}
-    shots = jnp.asarray([*KNOTS[:-1], last], jnp.float32)
     notes["trust"] = {str(k): s for k, s in zip(KNOTS[1:-1], trust[1:], strict=True)} | {"all": at_all}
-    return model.replace(shots=shots, trust=jnp.asarray([*trust, at_all], jnp.float32),
-                         most=jnp.float32(most))  # fmt: skip
+    return np.asarray([*KNOTS[:-1], last]), np.asarray([*trust, at_all]), np.asarray(most)
 
 
 def _train(
     family: Any, rows: Rows, *, items: Item, likelihood: Any, reduction: Reduction,
     optimizer: optax.GradientTransformation, epochs: int, batch_size: int, seed: int, report: Report | None,
-    folder: Path | None, apart: str, held: Rows | None = None, asked: str | np.ndarray = "pair",
-    notes: dict[str, Any] | None = None,
+    folder: Path | None, apart: str, held: Judging | None = None, notes: dict[str, Any] | None = None,
 ) -> tuple[Any, int]:  # fmt: skip
     """Train on episodes and return the family and the epochs that it took: those that serve `held` users best."""
 
@@ -201,7 +263,7 @@ def _train(
         steps = len(episodes.query.weight)
         return everywhere((episodes, ((number + np.arange(steps) / steps) / epochs).astype(np.float32)))
 
-    nats = None if held is None else partial(_held_out_nats, items, held_episodes(held, asked))
+    nats = None if held is None else partial(_held_out_nats, items, held_episodes(*held))
     epoch = make_epoch_step(make_train_step(episode_loss(reduction=reduction), optimizer))
     step = jax.jit(epoch, out_shardings=all_devices())
     state = init_state(Params(family, (), likelihood), optimizer, jax.random.key(seed))
@@ -211,9 +273,7 @@ def _train(
     return best.params.model, best.epochs or epochs
 
 
-def held_episodes(
-    rows: Rows, asked: str | np.ndarray = "pair", counts: tuple[int, ...] = (0, 2, 8, SHOTS)
-) -> Episode[Any]:
+def held_episodes(rows: Rows, asked: Apart = "pair", counts: tuple[int, ...] = (0, 2, 8, SHOTS)) -> Episode[Any]:
     """Fixed episodes of the users of `rows` with each number of shots: [episodes, shots | queries] index rows."""
     parts = []
     for number, count in enumerate(counts):
@@ -238,14 +298,14 @@ def _held_out_nats(items: Item, episodes: Episode[Any], params: Params) -> float
 Asked = tuple[np.ndarray, np.ndarray, np.ndarray, Rows]  # mean and variance of the shift, log-odds without it, rows
 
 
-def _shown(model: Residual, items: Item, rows: Rows, count: int, *, least: int, asked: str | np.ndarray) -> Asked:
-    """Infer the users of `rows` from `count` shots, or as many as they have, and ask about the others, `DRAWS` times.
+def _shown(model: Residual, items: Item, judging: Judging, count: int, *, least: int) -> Asked:
+    """Infer the users of `judging` from `count` shots, or all that they have, and ask about the others, `DRAWS` times.
 
     Users who have fewer than `least` to show are left out.
     """
-    given, questions = [], []
+    (rows, apart), given, questions = judging, [], []
     for draw in range(DRAWS):
-        lines = episode_indices(np.random.default_rng(draw), rows, max(count, SHOTS), SHOTS, exactly=True, apart=asked)
+        lines = episode_indices(np.random.default_rng(draw), rows, max(count, SHOTS), SHOTS, exactly=True, apart=apart)
         shown, query = lines[0][:, :count], lines[1]
         enough = (shown >= 0).sum(1) >= least
         given.append(shown[enough])

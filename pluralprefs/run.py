@@ -17,6 +17,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, overload
@@ -473,7 +474,7 @@ def load(path: str | Path, *, seed: int | None = None, attributes: bool = True) 
     attributes: whether responses are given theirs, by predictors or from columns. Without them attribute_attention has
     its stand-in, or w . h alone; states of users are the same.
 
-    Raises RegistryError where the folder is no run or the seed is not fitted yet.
+    Raises RegistryError where the folder is no run, the seed is not fitted yet, or a family has other parameters now.
     """
     folder = open_run(path)
     content, where = folder.read(), Path(folder.path)
@@ -495,8 +496,11 @@ def load(path: str | Path, *, seed: int | None = None, attributes: bool = True) 
         size = neutral_size(model)
         like = like.replace(user_root=jnp.zeros((size, size)))
     store = CheckpointStore(where / "params" / f"seed-{chosen}", keep=1, alone=True)
-    params = store.restore({"model": model, "users": like})
-    store.close()
+    with closing(store):
+        try:
+            params = store.restore({"model": model, "users": like})
+        except ValueError as error:
+            raise RegistryError(f"{error}: the run is of another version of its family, train it again") from error
     rows = items = None
     if kept:
         arrays: dict[str, Any] = load_arrays(where / f"support-{chosen}.safetensors")[0]

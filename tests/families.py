@@ -29,8 +29,8 @@ def residual() -> Residual:
     """A residual whose population, prior and trust all matter."""
     model = Residual.init(population=FAMILIES["low_rank_free"](), family=FAMILIES["neural_process"](), knots=3)
     prior = model.family.infer_user(rows(items(0), items(1), np.ones(ITEMS), np.zeros(ITEMS))).mean
-    return model.replace(weights=jnp.asarray([0.5, -1.0]), prior=prior, most=jnp.asarray(4.0),
-                         trust=jnp.asarray([0.0, 0.4, 0.8]))  # fmt: skip
+    return model.replace(weights=jnp.asarray([0.5, -1.0]), prior=prior, most=jnp.asarray([4.0, 3.0]),
+                         trust=jnp.asarray([[0.0, 0.4, 0.8], [0.0, 0.1, 0.2]]))  # fmt: skip
 
 
 FAMILIES = {

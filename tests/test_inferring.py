@@ -12,18 +12,20 @@ from families import DIM, FAMILIES, INFERRING, KEY, items, pick, rows
 from tables import write
 from test_parity import layers, softmax
 
+import pluralprefs.run
 from pluralprefs.asking import suggest
 from pluralprefs.choosing import neighbours
 from pluralprefs.data.episodes import episode_indices
 from pluralprefs.data.files import DataError
 from pluralprefs.fitting import take
-from pluralprefs.inferring import FEWEST, KNOTS, fit_inferred, held_out, judges, settled, trusted
+from pluralprefs.inferring import FEWEST, KNOTS, Judging, far_items, fit_inferred, held_out, judges, settled, trusted
 from pluralprefs.launch import fit
 from pluralprefs.likelihoods import Logistic, pooled_mean
 from pluralprefs.models.low_rank import LowRank
 from pluralprefs.models.neural_process import NeuralProcess
 from pluralprefs.models.residual import Residual
-from pluralprefs.registry.files import load_arrays
+from pluralprefs.registry.files import RegistryError, load_arrays
+from pluralprefs.run import load
 from pluralprefs.users import Pooled, Users
 
 X = items(20)
@@ -180,9 +182,26 @@ def test_a_residual_is_the_population_plus_the_shift_as_far_as_it_is_trusted():
     assert np.abs(many - model.family.infer_user(support.replace(weight=10 * support.weight)).mean).max() > 1e-3
 
 
+def test_shots_of_responses_that_training_does_not_know_are_trusted_apart():
+    model = INFERRING["residual"]()
+    infer = jax.jit(lambda shots: model.infer_user(shots).mean["trust"])
+    unknown = lambda item, rows: item.replace(index=jnp.where(rows, -1, 0))  # noqa: E731
+    every, some = np.ones(4, bool), np.array([True, False, False, True])  # the fourth has no weight
+    apart = SHOTS.replace(first=unknown(SHOTS.first, every), second=unknown(SHOTS.second, every))
+    assert float(infer(apart)) == pytest.approx(0.2)
+    half_known = SHOTS.replace(first=unknown(SHOTS.first, ~every), second=unknown(SHOTS.second, every))
+    assert float(infer(half_known)) == pytest.approx(0.2)  # of the pair, one response
+    both = SHOTS.replace(first=unknown(SHOTS.first, some), second=unknown(SHOTS.second, ~every))
+    assert float(infer(both)) == pytest.approx((2 * 0.8 + 0.2) / 3)
+    nobody_says = jax.tree.map(lambda x: x, SHOTS)
+    nobody_says = nobody_says.replace(first=SHOTS.first.replace(index=None), second=SHOTS.second.replace(index=None))
+    alone = model.replace(population=FAMILIES["low_rank_free"]())
+    assert float(alone.infer_user(nobody_says).mean["trust"]) == pytest.approx(0.8)
+
+
 def test_shots_are_read_on_top_of_the_population_when_scored_as_when_trained():
     """An episode's shots bring the population's log-odds (out of fold); those of a new user come without."""
-    model = INFERRING["residual"]().replace(family=INFERRING["meta_reward"](), most=jnp.asarray(100.0))
+    model = INFERRING["residual"]().replace(family=INFERRING["meta_reward"](), most=jnp.full(2, 100.0))
     known = jax.vmap(partial(model.population.log_odds, model.weights))(SHOTS.first, SHOTS.second)
     trained = model.family.infer_user(SHOTS.replace(offset=known)).mean
     np.testing.assert_allclose(model.infer_user(SHOTS).mean["state"], trained, rtol=1e-4, atol=1e-5)
@@ -200,12 +219,17 @@ def test_what_shots_say_is_not_trusted_where_it_says_nothing():
     family = FAMILIES["fast_weights"]()
     model = Residual.init(population=LowRank.init(key=KEY, dim=DIM, rank=1), family=family, knots=len(KNOTS))
     notes = {}
-    coins = trusted(settled(model, family, X, table), X, table, notes, "pair")
+    coins = trusted(settled(model, family, X, table), X, notes, Judging(table, "pair"))
     assert float(jnp.abs(coins.trust).max()) < 0.15
     taste = np.asarray(draw.normal(size=(60, DIM)))[table.user] * 3
     told = ((taste * (E[first] - E[second])).sum(1) > 0).astype(np.float32)
-    told = trusted(settled(model, family, X, table), X, table.replace(target=told), notes, "pair")
-    assert float(told.trust[-3:].min()) > 0.5
+    told = Judging(table.replace(target=told), "pair")
+    model = settled(model, family, X, table)
+    assert float(trusted(model, X, notes, told).trust[:, -3:].min()) > 0.5
+    near_alone = trusted(model, X, notes, told, Judging(table, "pair"))
+    assert float(near_alone.trust[0, -3:].min()) > 0.5
+    assert float(near_alone.trust[1].max()) < 0.15
+    assert notes["far"]["trust"]["8"] == pytest.approx(float(near_alone.trust[1, 4]))
 
 
 def test_a_number_of_shots_that_few_have_is_trusted_as_the_number_before_it():
@@ -219,10 +243,10 @@ def test_a_number_of_shots_that_few_have_is_trusted_as_the_number_before_it():
     table = jax.tree.map(np.asarray, rows(first, second, told)).replace(user=user)
     family = FAMILIES["fast_weights"]()
     model = Residual.init(population=LowRank.init(key=KEY, dim=DIM, rank=1), family=family, knots=len(KNOTS))
-    found = trusted(settled(model, family, X, table), X, table, {}, "pair")
-    assert float(found.trust[3]) > 0.2  # 4 shots, all that most have
-    np.testing.assert_allclose(found.trust[3:], found.trust[3])
-    assert float(found.most) == 4.0
+    found = trusted(settled(model, family, X, table), X, {}, Judging(table, "pair"))
+    assert float(found.trust[0, 3]) > 0.2  # 4 shots, all that most have
+    np.testing.assert_allclose(found.trust[:, 3:], found.trust[0, 3])
+    np.testing.assert_array_equal(found.most, 4.0)
 
 
 def test_where_items_are_kept_apart_held_out_users_are_asked_about_items_that_no_training_row_has():
@@ -232,26 +256,71 @@ def test_where_items_are_kept_apart_held_out_users_are_asked_about_items_that_no
     second = ((first + draw.integers(1, 50, len(user))) % 50).astype(np.int32)
     table = jax.tree.map(np.asarray, rows(first, second, np.ones(len(user)), np.ones(len(user))).replace(user=user))
     held = held_out(np.unique(user))
-    fitted, aside, asked = judges(table, held, Pooled(cross_fit="item"))
+    fitted, (judging, asked), far = judges(table, held, Pooled(cross_fit="item"))
+    assert far is None  # every item is linked to every other by comparisons
     assert not set(user[fitted]) & set(held)
-    assert set(user[aside]) == set(held)
+    assert set(judging.user) == set(held)
     assert not asked[first[fitted]].any()
     assert not asked[second[fitted]].any()
-    judging = take(table, aside)
     support, query = episode_indices(np.random.default_rng(0), judging, 32, 32, exactly=True, apart=asked)
     assert (query >= 0).any()
     for side in (judging.first, judging.second):
         assert asked[side[query[query >= 0]]].all()
         assert not asked[side[support[support >= 0]]].any()
     everything = judges(table, held, Pooled())
-    assert everything[2] == "pair"
-    assert len(everything[0]) + len(everything[1]) == len(user)
+    assert everything[1].asked == "pair"
+    assert len(everything[0]) + len(everything[1].rows.user) == len(user)
     nothing_new = take(table, np.flatnonzero(~asked[first] | ~asked[second]))
-    assert judges(nothing_new, held, Pooled(cross_fit="item"))[2] == "item"
+    assert judges(nothing_new, held, Pooled(cross_fit="item"))[1].asked == "item"
     without = nothing_new.replace(weight=np.where(np.isin(nothing_new.user, held), 0.0, nothing_new.weight))
     few = take(table, np.concatenate([np.flatnonzero(user == one)[:2] for one in range(30)]))
     for poor in (without, few):  # nobody can be asked about other items than are shown
-        assert judges(poor, held, Pooled(cross_fit="item"))[2] == "pair"
+        assert judges(poor, held, Pooled(cross_fit="item"))[1].asked == "pair"
+
+
+def grouped(groups=10, users=30, per_user=20):
+    """Comparisons of 10 items a group, each user in one group, and the group of each row."""
+    draw = np.random.default_rng(0)
+    group = np.repeat(np.arange(groups), users * per_user)
+    user = np.repeat(np.arange(groups * users, dtype=np.int32), per_user)
+    first = draw.integers(0, 10, len(user))
+    second = (first + draw.integers(1, 10, len(user))) % 10
+    first, second = ((10 * group + side).astype(np.int32) for side in (first, second))
+    return jax.tree.map(np.asarray, rows(first, second, np.ones(len(user)))).replace(user=user), group
+
+
+@pytest.mark.parametrize("cross_fit", ["pair", "item"])
+def test_groups_of_responses_that_are_compared_among_themselves_are_kept_from_the_family(cross_fit):
+    table, group = grouped()
+    held = held_out(np.unique(table.user))
+    part, near, far = judges(table, held, Pooled(cross_fit=cross_fit))
+    assert far is not None
+    assert far.asked == cross_fit
+    aside = set(far.rows.first // 10)
+    assert len(aside) == 2  # of ten equal groups the first that make a fifth
+    assert not aside & set(group[part])
+    assert not aside & set(near.rows.first // 10)
+    assert not set(far.rows.user) & set(table.user[part])
+    assert set(far.rows.user) == set(table.user[np.isin(group, list(aside))])  # not those held out alone
+    assert set(near.rows.user) == set(held) - set(far.rows.user)
+    order = np.random.default_rng(1).permutation(len(group))
+    again = judges(take(table, order), held, Pooled(cross_fit=cross_fit))[2]
+    assert set(again.rows.first // 10) == aside
+    for few in (10, 2):  # one group of ten holds back too few users, of two none is small enough
+        alone, _ = grouped(few, users=8 if few == 10 else 60)
+        asked = judges(alone, held_out(np.unique(alone.user)), Pooled(cross_fit=cross_fit))
+        assert asked[2] is None
+        assert len(np.unique(alone.first[asked[0]] // 10)) == few
+
+
+def test_far_items_are_a_fifth_of_the_rows_where_groups_are_small_enough():
+    for sizes, share in (([1] * 500, 0.2), ([5] * 30 + [300], 0.2), ([97, 3], 0), ([50, 25, 25], 0), ([9], 0)):
+        group = np.repeat(np.arange(len(sizes)), sizes)
+        table = jax.tree.map(np.asarray, rows(2 * group, 2 * group + 1, np.ones(len(group))))
+        usable = np.ones(len(group), bool)
+        found = far_items(table, usable)[table.first].mean()
+        assert share <= found <= (share and 0.3)
+        assert not far_items(table, ~usable).any()
 
 
 def test_users_are_held_out_to_judge_by_unless_there_are_too_few():
@@ -321,6 +390,14 @@ def test_questions_that_need_uncertainty_are_refused_at_once_where_users_are_inf
             neighbours(person, 4)
 
 
+def test_a_run_whose_family_has_other_parameters_now_cannot_be_loaded(fitted, monkeypatch):
+    _, run = fitted
+    drawn = pluralprefs.run.draw_model
+    monkeypatch.setattr(pluralprefs.run, "draw_model", lambda *sizes: drawn(*sizes).replace(most=jnp.zeros(())))
+    with pytest.raises(RegistryError, match=r"'model/most' is .* train it again"):
+        load(run.folder.path)
+
+
 def _is_trained(run, table, trained):
     kept = {(run.judged[i], run.judged[j], float(t)) for i, j, t in zip(
         run.rows.first[trained], run.rows.second[trained], run.rows.target[trained], strict=True)}  # fmt: skip
@@ -368,5 +445,5 @@ def test_users_are_inferred_where_items_are_kept_apart_and_where_nobody_can_be_a
         assert np.isfinite(np.asarray(found.model.trust)).all()
         assert 1 <= notes["epochs"] <= 2
         if part is table:
-            assert float(found.model.trust[2]) > 0.0
+            assert float(found.model.trust[0, 2]) > 0.0
             assert float(jnp.abs(found.users.user.state["state"]).max()) > 0.0

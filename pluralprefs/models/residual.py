@@ -7,8 +7,10 @@ l_0 are the log-odds of a population (`population` at its state `weights`), f th
 log-odds are the population's. `trust` is how much of the shift validation users bore out at `shots` many shots,
 interpolated in log(1 + n), so that a user who has shown something is not served worse than one who has shown nothing.
 A weight of more than `most` together, the most that validation users bore out, counts as `most`, unless these users
-said that it copes (`inferring` decides). The family reads shots with l_0 added to their `offset`, as it was
-trained.
+said that it copes (`inferring` decides). What shots say is borne out less where the family has met nothing like them,
+so that each of the three has two rows: for shots of responses that training knows (`Item.index`), and for shots of
+others; a user who has shown both has the mean, by how many of each. The family reads shots with l_0 added to their
+`offset`, as it was trained.
 """
 
 from __future__ import annotations
@@ -32,28 +34,30 @@ class Residual(Replaceable):
     weights: Any
     family: Any
     prior: Any
-    shots: Float[Array, " knots"]
-    trust: Float[Array, " knots"]
-    most: Float[Array, ""]
+    shots: Float[Array, "2 knots"]
+    trust: Float[Array, "2 knots"]
+    most: Float[Array, 2]
 
     @classmethod
     def init(cls, *, population: Any, family: Any, knots: int, **_: Any) -> Self:
         """The population alone: nothing that the family says is trusted yet."""
-        shots = jnp.arange(knots, dtype=jnp.float32)
-        return cls(population, population.init_user(), family, family.init_user(), shots, 0 * shots, jnp.zeros(()))
+        shots = jnp.tile(jnp.arange(knots, dtype=jnp.float32), (2, 1))
+        return cls(population, population.init_user(), family, family.init_user(), shots, 0 * shots, jnp.zeros(2))
 
     def init_user(self) -> dict[str, Any]:
         return {"state": self.family.init_user(), "trust": jnp.zeros(())}
 
     def infer_user(self, support: Comparisons[Item]) -> UserPosterior:
         """The family's user of these shots, and its trust; the prior, without trust, where there are none."""
-        total, most = jnp.sum(support.weight), jnp.maximum(self.most, 1e-6)
-        known = jax.vmap(partial(self.population.log_odds, self.weights))(support.first, support.second)
-        weight = support.weight * most / jnp.maximum(total, most)
-        used = support.replace(offset=support.offset + known, weight=weight)
-        found = self.family.infer_user(used)
         count = jnp.sum(support.weight > 0)  # as trust was learned, whatever the weights
-        trust = jnp.interp(jnp.log1p(count), jnp.log1p(self.shots), self.trust)
+        known = jnp.sum((support.weight > 0) & met(support.first) & met(support.second)) / jnp.maximum(count, 1)
+        kind = jnp.stack([known, 1 - known])
+        total, most = jnp.sum(support.weight), jnp.maximum(kind @ self.most, 1e-6)
+        offset = jax.vmap(partial(self.population.log_odds, self.weights))(support.first, support.second)
+        weight = support.weight * most / jnp.maximum(total, most)
+        used = support.replace(offset=support.offset + offset, weight=weight)
+        found = self.family.infer_user(used)
+        trust = kind @ jax.vmap(partial(jnp.interp, jnp.log1p(count)))(jnp.log1p(self.shots), self.trust)
         covariance = None if found.covariance is None else widened(found.covariance)
         return UserPosterior({"state": found.mean, "trust": trust}, covariance)
 
@@ -63,6 +67,11 @@ class Residual(Replaceable):
 
     def log_odds(self, user: dict[str, Any], first: Item, second: Item) -> Float[Array, ""]:
         return self.reward(user, first) - self.reward(user, second)
+
+
+def met(item: Item) -> Array | bool:
+    """Whether training knows the item; where nobody says which it knows, it does."""
+    return True if item.index is None else item.index >= 0
 
 
 def widened(covariance: Covariance) -> Covariance:
