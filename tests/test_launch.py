@@ -19,7 +19,6 @@ from pluralprefs.experiment import Experiment
 from pluralprefs.launch import resume, run
 from pluralprefs.likelihoods import Logistic, pooled_mean
 from pluralprefs.models.bradley_terry import BradleyTerry
-from pluralprefs.models.ideal_point import IdealPoint
 from pluralprefs.models.low_rank import LowRank
 from pluralprefs.pytrees import pytree
 from pluralprefs.registry.files import RegistryError
@@ -31,7 +30,7 @@ from pluralprefs.users import Pooled
 
 def experiment(data: Path, **parts) -> Experiment:
     settings = {
-        "model": partial(IdealPoint.init, prototypes=2, hidden=()), "epochs": 4, "batch_size": 64, "seeds": (0, 1),
+        "model": partial(LowRank.init, rank=1), "epochs": 4, "batch_size": 64, "seeds": (0, 1),
         "users": Pooled(gain=False, rounds=1, folds=2, strength=1.0), "shots": (0, 2), "draws": 1, "controls": False,
         "save_users": True,
     } | parts  # fmt: skip
