@@ -61,7 +61,7 @@ from pluralprefs.registry.files import save_arrays
 from pluralprefs.users import Pooled
 
 DATA = os.environ.get("PLURALPREFS_DATA", "../shared/data")
-CELLS = ("train", "validation", *SEEN)
+ROWS = {"train": 12000, "validation": None, **dict.fromkeys(SEEN)}  # drawn; None: all
 VOCABULARY, LENGTH = 2000, 128
 TRAINED = ("trained", "lora")
 SIGNS = {
@@ -76,8 +76,10 @@ console = Console(width=160, soft_wrap=True)
 
 
 def judged() -> pl.DataFrame:
-    """The rows of known users, with the attributes of their texts."""
-    table = protocol.load(DATA, "ukpconvarg1").filter(pl.col("cell").is_in(CELLS))
+    """Rows of known users, with the attributes of their texts."""
+    table = protocol.load(DATA, "ukpconvarg1")
+    parts = ((table.filter(cell=cell), count) for cell, count in ROWS.items())
+    table = pl.concat([part if count is None else part.sample(count, seed=0) for part, count in parts])
     return table.with_columns(
         (100 * pl.col(side).str.count_matches(sign) / pl.col(side).str.len_chars()).alias(f"attr:{name}:{side}")
         for name, sign in SIGNS.items()
@@ -118,7 +120,7 @@ def experiments(folder: Path) -> dict[str, Experiment]:
         "backbone": partial(optax.adamw, learning_rate=2e-3, weight_decay=1e-2),
         "head": partial(optax.adamw, learning_rate=5e-3, weight_decay=1e-2),
     }
-    full = Backbone(lora=None, optimizers=rates, epochs=8, batch_tokens=4096)
+    full = Backbone(lora=None, optimizers=rates, epochs=4, batch_tokens=4096)
     backbones = {"trained": full, "lora": Backbone(Lora(rank=16, targets="/kernel$"), **_same(full)), "frozen": None}
     heads = {"attention": FAMILIES["attribute_attention"], "pal": FAMILIES["ideal_direction"]}
     found = {}
@@ -169,12 +171,17 @@ def main(folder: Path, only: str | None) -> None:
 def predictions(asked: Experiment, table: pl.DataFrame) -> pl.DataFrame:
     """Prediction rows of the test cells by the population of a fit: no user is known."""
     begun = time.monotonic()
-    prepared = featured(asked, indexed(asked, table), progress=False)
+    prepared = featured(asked, indexed(asked, table), progress=False, report=partial(epoch_done, asked.name))
     fitted = fit_seed(asked, prepared, 0)
     tested = np.flatnonzero(table["cell"].is_in(SEEN).to_numpy())
     logits = row_log_odds(fitted.model, fitted.users, prepared.features, take(prepared.rows, tested))
     console.print(f"{asked.name}: {time.monotonic() - begun:.0f} s, {dict(prepared.backbone)}", highlight=False)
     return prediction_rows(table[tested], logits, asked.name, seed=0)
+
+
+def epoch_done(name: str, done: int, epochs: int, loss: float) -> None:
+    """Report the training of an encoder."""
+    console.print(f"{name}: epoch {done} of {epochs}, loss {loss:.3f}", highlight=False)
 
 
 def show(name: str, rows: pl.DataFrame) -> None:

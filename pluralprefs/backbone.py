@@ -54,6 +54,7 @@ from pluralprefs.sharding import (
     make_mesh,
     replicated,
     shard_rules,
+    sharded_init,
 )
 from pluralprefs.token_batches import PackedBatches, TokenBatches
 from pluralprefs.train import (
@@ -209,6 +210,8 @@ def train_backbone(
     started = begun(backbone, encoder)
     several = jax.process_count() > 1
     mesh = make_mesh(**dict[str, Any](backbone.mesh)) if backbone.mesh or several else None
+    if not several:  # of several processes each reads its texts with an encoder of its own
+        started = started.replace(params=_placed(started.params, mesh))
     flat = rows.replace(community=np.full_like(rows.community, -1))
     flat = flat if users else strangers(flat)
     store = None if checkpoints is None else CheckpointStore(checkpoints, keep=1)
@@ -227,11 +230,11 @@ def train_backbone(
     table_of_users = first_users(model, *seen, pooled, users)
     labels = backbone.labels(Params(model, table_of_users, likelihood, encoder=started.params))
     trained, frozen = split(started.params, lambda name: labels[f"encoder/{name}"] != "frozen")
-    frozen = jax.tree.map(lambda leaf: leaf.astype(backbone.frozen_dtype), frozen)
-    update = backbone.optimizer(labels, steps)
+    frozen = _placed(jax.tree.map(lambda leaf: leaf.astype(backbone.frozen_dtype), frozen), mesh)
     # The step donates its state: the caller's encoder and model are not to go with it.
-    params = jax.tree.map(jnp.copy, Params(model, table_of_users, likelihood, encoder=trained))
-    state, frozen = _placed((init_state(params, update, jax.random.key(backbone.seed)), frozen), mesh)
+    params = jax.tree.map(jnp.copy, _placed(Params(model, table_of_users, likelihood, encoder=trained), mesh))
+    update = backbone.optimizer(labels, steps)
+    state = _begin(params, update, jax.random.key(backbone.seed), mesh)
 
     def nats(params: Params) -> float:
         now = started.replace(params=join(params.encoder, frozen))
@@ -273,12 +276,15 @@ def applied(backbone: Backbone, encoder: Any, found: Mapping[str, Any], mesh: Me
         if names.get(name) != leaf.shape:
             raise EncoderError(f"backbone: parameter {name} is {leaf.shape}, the encoder has {names.get(name)}")
 
-    def place(path: Any, leaf: Any) -> Any:
+    def place(path: Any, leaf: Any, to: Any) -> Any:
+        """A leaf at a time: no device holds the whole encoder on the way."""
         name = leaf_name(path)
-        return jnp.asarray(np.asarray(found[name])) if name in found else leaf.astype(backbone.frozen_dtype)
+        leaf = np.asarray(found[name]) if name in found else leaf.astype(backbone.frozen_dtype)
+        return jax.device_put(leaf, to) if mesh else jnp.asarray(leaf)
 
-    params = jax.tree_util.tree_map_with_path(place, started.params)
-    return started.replace(params=_placed(params, mesh), weights=_digest(backbone, started.weights, found))
+    places = shard_rules(started.params, mesh, RULES) if mesh else started.params
+    params = jax.tree_util.tree_map_with_path(place, started.params, places)
+    return started.replace(params=params, weights=_digest(backbone, started.weights, found))
 
 
 def save_backbone(path: Path, encoder: TextEncoder, found: Mapping[str, Any]) -> None:
@@ -368,6 +374,13 @@ def _encoded(encoder: TextEncoder, table: pl.DataFrame, items: Item, rows: Rows)
     rest = take(items.replace(embedding=None, prompt=None), used)
     whole = rest.replace(embedding=found.embedding, prompt=found.prompt)
     return jax.tree.map(jnp.asarray, whole), rows.replace(first=first, second=second)
+
+
+def _begin(params: Params, update: optax.GradientTransformation, key: Key, mesh: Mesh | None) -> TrainState:
+    """The state before the first step, the optimiser's part born in its place: it is twice the parameters."""
+    if mesh is None:
+        return init_state(params, update, key)
+    return sharded_init(lambda params: init_state(params, update, key), mesh, RULES, params)
 
 
 def _placed(tree: Any, mesh: Mesh | None) -> Any:

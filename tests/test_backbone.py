@@ -40,6 +40,7 @@ from pluralprefs.experiment import FAMILIES, Experiment, indexed
 from pluralprefs.fitting import take
 from pluralprefs.likelihoods import Logistic, pooled_mean
 from pluralprefs.models.ideal_point import IdealDirection
+from pluralprefs.sharding import leaf_name, make_mesh, sharded_init
 from pluralprefs.token_batches import PackedBatches, TokenBatches
 from pluralprefs.train import comparison_loss, init_state, make_train_step, train
 from pluralprefs.training import gather_state
@@ -173,6 +174,33 @@ def test_training_on_a_mesh_equals_training_on_one_device(encoder, data):
         np.testing.assert_allclose(sharded[name], leaf, atol=2e-3, err_msg=name)
     assert set(found) == set(sharded)
     assert one.weights != encoder.weights
+
+
+def test_no_device_holds_the_whole_of_what_a_mesh_divides(folder, data, monkeypatch):
+    """Weights as read, the state before the first step and the encoder afterwards: a device has its part alone."""
+    sizes = {"data": 1, "fsdp": 4}
+    encoder = encoders.load(folder / "llama", max_length=16, prompt=True, mesh=sizes, remat="nothing_saveable")
+    seen = []
+
+    def begin(init, mesh, rules, params):
+        seen.extend([params.encoder, sharded_init(init, mesh, rules, params)])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module, "sharded_init", begin)
+    rates = {name: partial(optax.adam, learning_rate=0.01) for name in ("backbone", "head")}
+    asked = replace(SMALL, optimizers=rates, mesh=sizes)
+    with pytest.raises(KeyboardInterrupt):
+        trained(asked, encoder, data)
+    whole = {leaf_name(path): np.asarray(x) for path, x in jax.tree_util.tree_leaves_with_path(encoder.params)}
+    after = module.applied(asked, encoder, {name: leaf + 1 for name, leaf in whole.items()}, make_mesh(**sizes))
+    matrices = sum(leaf.ndim == 2 for leaf in whole.values())
+    for tree, copies in ((encoder.params, 1), (seen[0], 1), (seen[1].params.encoder, 1),
+                         (seen[1].opt_state, 2), (after.params, 1)):  # fmt: skip
+        parts = [leaf for leaf in jax.tree.leaves(tree) if leaf.ndim == 2]
+        assert len(parts) >= copies * matrices
+        assert sum(leaf.addressable_shards[0].data.size < leaf.size for leaf in parts) >= copies * matrices
+    for path, leaf in jax.tree_util.tree_leaves_with_path(after.params):
+        np.testing.assert_array_equal(leaf, whole[leaf_name(path)] + 1)
 
 
 @pytest.mark.slow

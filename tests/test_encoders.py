@@ -465,6 +465,12 @@ def test_a_download_that_was_interrupted_goes_on(monkeypatch, tmp_path):
     assert asked == [True]
 
 
+@pytest.mark.parametrize("asked", [{"mesh": {"fsdp": 2}}, {"remat": "nothing_saveable"}])
+def test_what_decoders_alone_can_do_is_refused(asked, tmp_path):
+    with pytest.raises(EncoderError, match="mesh and remat are of decoders, and 'bert' is none"):
+        encoders.load(copy("bert", tmp_path / "bert"), **asked)
+
+
 def test_names_and_folders_that_do_not_exist_are_errors(monkeypatch, tmp_path):
     monkeypatch.setattr("huggingface_hub.snapshot_download", offline)
     for name in ("no-such-encoder", tmp_path / "absent", "./absent", "owner/absent"):

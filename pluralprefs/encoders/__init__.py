@@ -6,6 +6,7 @@ Importing this package costs neither JAX nor transformers; loading an encoder do
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,11 +27,14 @@ def load(
     prompt: bool = False,
     max_length: int | None = None,
     dtype: Any = "float32",
+    mesh: Mapping[str, int] | None = None,
+    remat: str | None = None,
 ) -> BertEncoder | CausalEncoder | AttributeEncoder:
     """Load an encoder: "minilm", a folder, a Hugging Face id (`owner/name`) or "attributes".
 
     The model's type (config.json) decides whether it is read as a BERT or as a decoder, whose embedding of a text is
-    the hidden state of the last token. `causal.CausalEncoder.load` takes what concerns decoders alone: a mesh, remat.
+    the hidden state of the last token. `mesh` and `remat` are of decoders: the sizes of `sharding.make_mesh`, onto
+    which the weights are read, each device its part, and what is computed again for the gradient (`decoder.REMAT`).
 
     `joint` embeds prompt and response together instead of the response alone; `prompt` adds an embedding of the prompt
     to every item. `pooling` ("mean" or "cls"; of a decoder "last" or "mean") and `normalise` default to what the model
@@ -53,5 +57,10 @@ def load(
         raise weights.EncoderError(f"{path}: model_type {kind!r} is not one of {known}")
     options = {"pooling": pooling, "normalise": normalise, "joint": joint, "prompt": prompt, "max_length": max_length}
     if kind in causal.MODEL_TYPES:
-        return causal.CausalEncoder.load(folder, **options, dtype=dtype)
+        from pluralprefs.sharding import make_mesh
+
+        place = make_mesh(**dict(mesh)) if mesh else None
+        return causal.CausalEncoder.load(folder, **options, dtype=dtype, mesh=place, remat=remat)
+    if mesh or remat:
+        raise weights.EncoderError(f"{path}: mesh and remat are of decoders, and {kind!r} is none: leave them out")
     return bert.BertEncoder.load(folder, **options, dtype=dtype)
