@@ -8,10 +8,12 @@ as they are. The family is then trained again on all users for as many epochs. A
 twice: the family has not seen the user, nor the population the pair. Where one user's pairs are not independent
 (`cross_fit` "item") neither has seen the responses, as long as users have enough of them.
 
-What shots say of responses unlike all that the family has met is trusted apart: a fifth of the comparisons is kept from
-the family too, by all users, where they fall into groups of responses that were never compared with those of another
-group (the debates of ukpconvarg1, the conversations of polis, the prompts of most data). Users whom the family has not
-seen show and are asked about these. Where there are no such groups, all shots are trusted alike.
+What shots of responses that training does not know say is trusted apart: a fifth of the comparisons is kept from the
+family and from the population, by all users, where they fall into groups of responses that were never compared with
+those of another group (the conversations of polis, the sides of ukpconvarg1). Users whom the family has not seen show
+and are asked about these. All shots are trusted alike where there are no such groups, or too few users to judge there,
+or where held-out users too show what training does not know: responses that were judged once, or beyond the most that
+have an effect.
 """
 
 from __future__ import annotations
@@ -47,7 +49,7 @@ MANY = 512  # shots that are tried where users have more than an episode shows
 DRAWS = 5  # of shots for each held-out user
 HELD_OUT = 20  # per cent of the training users
 NEW_ITEMS = 30  # per cent of the items, where they are kept apart
-FAR = (20, 30)  # per cent of the rows, between which groups of responses are kept from the family
+FAR = (20, 35)  # per cent of the rows, between which groups of responses are kept from the family
 ENOUGH = 20  # users who have shown a number of shots, to learn how far it is to be trusted
 FEWEST = 2  # users to judge by; where there are fewer nothing is trusted
 
@@ -106,33 +108,53 @@ def fit_inferred(
         train = partial(_train, items=items, likelihood=likelihood, reduction=reduction, optimizer=optimizer,
                         batch_size=batch_size, seed=seed, report=report,
                         apart="item" if pooled.cross_fit == "item" else "pair")  # fmt: skip
-        part, near, far = judges(judged, held, pooled)
+        part, near, far = judges(judged, held, pooled, None if items.index is None else np.asarray(items.index) >= 0)
+        if far is not None:
+            strange = np.isin(rows.first, far.rows.first)
+            unmet = row_log_odds(*population(~strange), items, strangers(far.rows)).astype(np.float32)
+            far = far._replace(rows=far.rows.replace(offset=unmet))
         chosen, done = train(model.family, take(judged, part), epochs=epochs, held=near, notes=notes,
-                             folder=checkpoints and checkpoints / "held-out")  # fmt: skip
+                             folder=checkpoints and checkpoints / "judged")  # fmt: skip
         model = trusted(settled(model, chosen, items, rows), items, notes, near, far)
         family, _ = train(model.family, judged, epochs=done, folder=checkpoints and checkpoints / "all")
         model = settled(model, family, items, rows)
     return _table(model, items, rows, pooled, users, communities, notes)
 
 
-def judges(rows: Rows, held: np.ndarray, pooled: Pooled) -> tuple[np.ndarray, Judging, Judging | None]:
-    """Rows to train on, users to judge by, and users to judge by of whose responses the family meets none like them.
+def judges(
+    rows: Rows, held: np.ndarray, pooled: Pooled, known: Bool[np.ndarray, " items"] | None = None
+) -> tuple[np.ndarray, Judging, Judging | None]:  # fmt: skip
+    """Rows to train on, users to judge by near what the family has met, and users to judge by far from it.
 
     Where items are kept apart, `NEW_ITEMS` per cent of the items are held out too: held-out users show the others, and
     are asked about items that the family has not seen, as it will be. That leaves about half of the rows to train on
     and half of a user's rows to show. Where fewer than `FEWEST` users could be asked so, items are parted anew for each
-    user, and where that fails too, only pairs are kept apart. The last is None where `far_items` are none or fewer than
-    `ENOUGH` users can be asked about them.
+    user, and where that fails too, only pairs are kept apart.
+
+    Far are `far_items`, which the family does not meet then, and whoever it has not seen. There is nobody to judge far
+    where fewer than `ENOUGH` can be asked, where it would cost half of the users who train or judge near, or where a
+    tenth of what those show are items that nobody `known` says to be known at all.
     """
     usable = (np.asarray(rows.user) >= 0) & (np.asarray(rows.weight) > 0)
-    far = usable & far_items(rows, usable)[rows.first]
-    part, near = _near(rows, held, usable & ~far, pooled)
-    if len(np.unique(near.rows.user)) >= FEWEST <= len(np.unique(rows.user[part])):
-        unseen = take(rows, np.flatnonzero(far & ~np.isin(rows.user, rows.user[part])))
-        for asked in ("item", "pair") if pooled.cross_fit == "item" else ("pair",):
-            if _askable(Judging(unseen, asked)) >= ENOUGH:
-                return part, near, Judging(unseen, asked)
-    return *_near(rows, held, usable, pooled), None
+    everyone, alone = _near(rows, held, usable, pooled)
+    strange = usable & far_items(rows, usable)[rows.first]
+    part, near = _near(rows, held, usable & ~strange, pooled)
+    unseen = take(rows, np.flatnonzero(strange & ~np.isin(rows.user, rows.user[part])))
+    far = Judging(unseen, "item" if pooled.cross_fit == "item" else "pair")
+    kept = 2 * len(np.unique(rows.user[part])) >= len(np.unique(rows.user[everyone])) and (
+        2 * len(np.unique(near.rows.user)) >= len(np.unique(alone.rows.user)) >= FEWEST
+    )
+    alike = isinstance(near.asked, str) == isinstance(alone.asked, str)
+    if kept and alike and _shows_known(near, known) and _askable(far) >= ENOUGH:
+        return part, near, far
+    return everyone, alone, None
+
+
+def _shows_known(near: Judging, known: np.ndarray | None) -> bool:
+    """Whether nine in ten of the rows that can be shown are of two items that are known."""
+    sides = np.stack([near.rows.first, near.rows.second])
+    shown = sides if isinstance(near.asked, str) else sides[:, ~near.asked[sides].any(axis=0)]
+    return known is None or float(known[shown].all(axis=0).mean()) >= 0.9
 
 
 def _near(rows: Rows, held: np.ndarray, usable: np.ndarray, pooled: Pooled) -> tuple[np.ndarray, Judging]:
@@ -211,11 +233,10 @@ def trusted(
     """
     found = [_borne_out(model, items, near, notes)]
     if far is not None:
-        own: dict[str, Any] = {}
-        found.append(_borne_out(model, items, far, own))
-        notes["far"] = own
+        notes["far"] = {}
+        found.append(_borne_out(model, items, far, notes["far"]))
     shots, trust, most = (jnp.asarray(np.stack(part), jnp.float32) for part in zip(found[0], found[-1], strict=True))
-    return model.replace(shots=shots, trust=trust, most=most)
+    return model.replace(shots=shots, trust=trust, most=jnp.maximum(most, most[0]))  # few have much to show far away
 
 
 def _borne_out(

@@ -500,7 +500,7 @@ def load(path: str | Path, *, seed: int | None = None, attributes: bool = True) 
         try:
             params = store.restore({"model": model, "users": like})
         except ValueError as error:
-            raise RegistryError(f"{error}: the run is of another version of its family, train it again") from error
+            raise RegistryError(f"{error}: another version of its family, or a damaged run; train it again") from error
     rows = items = None
     if kept:
         arrays: dict[str, Any] = load_arrays(where / f"support-{chosen}.safetensors")[0]

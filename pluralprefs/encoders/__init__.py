@@ -59,7 +59,7 @@ def load(
     if kind in causal.MODEL_TYPES:
         from pluralprefs.sharding import make_mesh
 
-        place = make_mesh(**dict(mesh)) if mesh else None
+        place = make_mesh(**dict[str, Any](mesh)) if mesh else None
         return causal.CausalEncoder.load(folder, **options, dtype=dtype, mesh=place, remat=remat)
     if mesh or remat:
         raise weights.EncoderError(f"{path}: mesh and remat are of decoders, and {kind!r} is none: leave them out")

@@ -8,9 +8,9 @@ log-odds are the population's. `trust` is how much of the shift validation users
 interpolated in log(1 + n), so that a user who has shown something is not served worse than one who has shown nothing.
 A weight of more than `most` together, the most that validation users bore out, counts as `most`, unless these users
 said that it copes (`inferring` decides). What shots say is borne out less where the family has met nothing like them,
-so that each of the three has two rows: for shots of responses that training knows (`Item.index`), and for shots of
-others; a user who has shown both has the mean, by how many of each. The family reads shots with l_0 added to their
-`offset`, as it was trained.
+so that each of the three has two rows: for shots of two responses that training knows (`Item.index`), and for others. A
+user who has shown both has the mean trust, by how many of each; each kind has its own `most`. What is asked does not
+count. The family reads shots with l_0 added to their `offset`, as it was trained.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from pluralprefs.pytrees import pytree
 from pluralprefs.types import Comparisons, Covariance, Item, Replaceable, UserPosterior
@@ -50,14 +50,14 @@ class Residual(Replaceable):
     def infer_user(self, support: Comparisons[Item]) -> UserPosterior:
         """The family's user of these shots, and its trust; the prior, without trust, where there are none."""
         count = jnp.sum(support.weight > 0)  # as trust was learned, whatever the weights
-        known = jnp.sum((support.weight > 0) & met(support.first) & met(support.second)) / jnp.maximum(count, 1)
-        kind = jnp.stack([known, 1 - known])
-        total, most = jnp.sum(support.weight), jnp.maximum(kind @ self.most, 1e-6)
+        known = met(support.first) & met(support.second)
+        kinds = jnp.where(jnp.stack([known, ~known]), support.weight[None], 0.0)  # a row for each kind of shot
+        total, most = jnp.sum(kinds, axis=1, keepdims=True), jnp.maximum(self.most[:, None], 1e-6)
+        weight = jnp.sum(kinds * most / jnp.maximum(total, most), axis=0)
         offset = jax.vmap(partial(self.population.log_odds, self.weights))(support.first, support.second)
-        weight = support.weight * most / jnp.maximum(total, most)
-        used = support.replace(offset=support.offset + offset, weight=weight)
-        found = self.family.infer_user(used)
-        trust = kind @ jax.vmap(partial(jnp.interp, jnp.log1p(count)))(jnp.log1p(self.shots), self.trust)
+        found = self.family.infer_user(support.replace(offset=support.offset + offset, weight=weight))
+        share = jnp.sum(kinds > 0, axis=1) / jnp.maximum(count, 1)
+        trust = share @ jax.vmap(partial(jnp.interp, jnp.log1p(count)))(jnp.log1p(self.shots), self.trust)
         covariance = None if found.covariance is None else widened(found.covariance)
         return UserPosterior({"state": found.mean, "trust": trust}, covariance)
 
@@ -69,9 +69,9 @@ class Residual(Replaceable):
         return self.reward(user, first) - self.reward(user, second)
 
 
-def met(item: Item) -> Array | bool:
-    """Whether training knows the item; where nobody says which it knows, it does."""
-    return True if item.index is None else item.index >= 0
+def met(items: Item) -> Bool[Array, " rows"]:
+    """Whether training knows each item; where nobody says which it knows, it does."""
+    return jnp.ones(len(items.embedding), bool) if items.index is None else items.index >= 0
 
 
 def widened(covariance: Covariance) -> Covariance:
