@@ -8,8 +8,8 @@ features of the untrained model, of the same model trained beside them, and of M
 the fixed protocol: 12,000 training rows drawn with seed 0, all validation rows and all rows of the test cells.
 Attributes are shares of letters and signs in a text, not its length. Test rows are scored for the population, no user
 is known; the training of the encoder has no users either. What was run is not run again (`--folder` keeps predictions).
-Result (2026-11-22, one seed; one CPU core beside other jobs, 13 and 31 minutes a trained arm): accuracy [95 % interval over
-users]; nats.
+Result (2026-11-22, one seed; one CPU core beside other jobs, 13 and 31 minutes a trained arm): accuracy [95 %
+interval over users]; nats.
                       seen/testpair                seen/newprompt
 length only           69.2 [66.5, 71.7]; 0.593     67.7 [64.3, 70.7]; 0.595
 attention, frozen     75.9 [74.2, 77.7]; 0.504     52.0 [50.9, 53.1]; 1.051
