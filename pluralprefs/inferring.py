@@ -8,9 +8,9 @@ as they are. The family is then trained again on all users for as many epochs. A
 twice: the family has not seen the user, nor the population the pair. Where one user's pairs are not independent
 (`cross_fit` "item") neither has seen the responses, as long as users have enough of them.
 
-What shots of responses that training does not know say is trusted apart: a fifth of the comparisons is kept from the
-family and from the population, by all users, where they fall into groups of responses that were never compared with
-those of another group (the conversations of polis, the sides of ukpconvarg1). Users whom the family has not seen show
+What shots of responses that training does not know say is trusted apart: a fifth of the comparisons is kept from
+another family and population, by all users, where they fall into groups of responses that were never compared with
+those of another group (the conversations of polis, the sides of ukpconvarg1). Users whom that family has not seen show
 and are asked about these. All shots are trusted alike where there are no such groups, or too few users to judge there,
 or where held-out users too show what training does not know: responses that were judged once, or beyond the most that
 have an effect.
@@ -108,46 +108,72 @@ def fit_inferred(
         train = partial(_train, items=items, likelihood=likelihood, reduction=reduction, optimizer=optimizer,
                         batch_size=batch_size, seed=seed, report=report,
                         apart="item" if pooled.cross_fit == "item" else "pair")  # fmt: skip
-        part, near, far = judges(judged, held, pooled, None if items.index is None else np.asarray(items.index) >= 0)
-        if far is not None:
-            strange = np.isin(rows.first, far.rows.first)
-            unmet = row_log_odds(*population(~strange), items, strangers(far.rows)).astype(np.float32)
-            far = far._replace(rows=far.rows.replace(offset=unmet))
+        part, near = judges(judged, held, pooled)
         chosen, done = train(model.family, take(judged, part), epochs=epochs, held=near, notes=notes,
-                             folder=checkpoints and checkpoints / "judged")  # fmt: skip
-        model = trusted(settled(model, chosen, items, rows), items, notes, near, far)
+                             folder=checkpoints and checkpoints / "held-out")  # fmt: skip
+        known = None if items.index is None else np.asarray(items.index) >= 0
+        away = far_judges(judged, held, near, pooled, known)
+        if away is not None:
+            part, far = away
+            unmet = population(~np.isin(rows.first, far.rows.first))
+            far = far._replace(
+                rows=far.rows.replace(offset=row_log_odds(*unmet, items, strangers(far.rows)).astype(np.float32))
+            )
+            stranger, _ = train(model.family, take(judged, part), epochs=done,
+                                folder=checkpoints and checkpoints / "far")  # fmt: skip
+            away = settled(model, stranger, items, rows), far
+        model = trusted(settled(model, chosen, items, rows), items, notes, near, away)
         family, _ = train(model.family, judged, epochs=done, folder=checkpoints and checkpoints / "all")
         model = settled(model, family, items, rows)
     return _table(model, items, rows, pooled, users, communities, notes)
 
 
-def judges(
-    rows: Rows, held: np.ndarray, pooled: Pooled, known: Bool[np.ndarray, " items"] | None = None
-) -> tuple[np.ndarray, Judging, Judging | None]:  # fmt: skip
-    """Rows to train on, users to judge by near what the family has met, and users to judge by far from it.
+def judges(rows: Rows, held: np.ndarray, pooled: Pooled) -> tuple[np.ndarray, Judging]:
+    """Rows to train on, and users to judge by.
 
     Where items are kept apart, `NEW_ITEMS` per cent of the items are held out too: held-out users show the others, and
     are asked about items that the family has not seen, as it will be. That leaves about half of the rows to train on
     and half of a user's rows to show. Where fewer than `FEWEST` users could be asked so, items are parted anew for each
     user, and where that fails too, only pairs are kept apart.
-
-    Far are `far_items`, which the family does not meet then, and whoever it has not seen. There is nobody to judge far
-    where fewer than `ENOUGH` can be asked, where it would cost half of the users who train or judge near, or where a
-    tenth of what those show are items that nobody `known` says to be known at all.
     """
-    usable = (np.asarray(rows.user) >= 0) & (np.asarray(rows.weight) > 0)
-    everyone, alone = _near(rows, held, usable, pooled)
-    strange = usable & far_items(rows, usable)[rows.first]
-    part, near = _near(rows, held, usable & ~strange, pooled)
-    unseen = take(rows, np.flatnonzero(strange & ~np.isin(rows.user, rows.user[part])))
-    far = Judging(unseen, "item" if pooled.cross_fit == "item" else "pair")
-    kept = 2 * len(np.unique(rows.user[part])) >= len(np.unique(rows.user[everyone])) and (
-        2 * len(np.unique(near.rows.user)) >= len(np.unique(alone.rows.user)) >= FEWEST
+    usable = _usable(rows)
+    apart = np.isin(np.asarray(rows.user), held)
+    others, aside = np.flatnonzero(usable & ~apart), take(rows, np.flatnonzero(usable & apart))
+    if pooled.cross_fit != "item":
+        return others, Judging(aside, "pair")
+    new = np.array(
+        [_hash(f"new item|{i}") % 100 < NEW_ITEMS for i in range(int(max(rows.first.max(), rows.second.max())) + 1)]
     )
-    alike = isinstance(near.asked, str) == isinstance(alone.asked, str)
-    if kept and alike and _shows_known(near, known) and _askable(far) >= ENOUGH:
-        return part, near, far
-    return everyone, alone, None
+    fitted = others[~new[rows.first[others]] & ~new[rows.second[others]]]
+    for part, judging in ((fitted, Judging(aside, new)), (others, Judging(aside, "item"))):
+        if len(np.unique(rows.user[part])) >= FEWEST <= _askable(judging):
+            return part, judging
+    return others, Judging(aside, "pair")
+
+
+def far_judges(
+    rows: Rows, held: np.ndarray, near: Judging, pooled: Pooled, known: Bool[np.ndarray, " items"] | None = None
+) -> tuple[np.ndarray, Judging] | None:  # fmt: skip
+    """Rows to train another family on, and users to judge by who show and are asked about what it has not met.
+
+    Those are `far_items` and users without another row; where these are fewer than `ENOUGH`, users that are held out
+    from the other rows too. None where that is not enough either, and where a tenth of what `near` shows are items that
+    are not `known`: what is judged near is then said of unknown items already.
+    """
+    usable = _usable(rows)
+    strange = usable & far_items(rows, usable)[rows.first]
+    if not strange.any() or not _shows_known(near, known):
+        return None
+    for part in (usable & ~strange, usable & ~strange & ~np.isin(rows.user, held)):
+        unseen = take(rows, np.flatnonzero(strange & ~np.isin(rows.user, rows.user[part])))
+        far = Judging(unseen, "item" if pooled.cross_fit == "item" else "pair")
+        if len(np.unique(rows.user[part])) >= FEWEST and _askable(far) >= ENOUGH:
+            return np.flatnonzero(part), far
+    return None
+
+
+def _usable(rows: Rows) -> Bool[np.ndarray, " rows"]:
+    return (np.asarray(rows.user) >= 0) & (np.asarray(rows.weight) > 0)
 
 
 def _shows_known(near: Judging, known: np.ndarray | None) -> bool:
@@ -223,18 +249,18 @@ def settled(model: Residual, family: Any, items: Item, rows: Rows) -> Residual:
 
 
 def trusted(
-    model: Residual, items: Item, notes: dict[str, Any], near: Judging, far: Judging | None = None
+    model: Residual, items: Item, notes: dict[str, Any], near: Judging, away: tuple[Residual, Judging] | None = None
 ) -> Residual:  # fmt: skip
-    """Learn trust and most, of responses that the family knows and (where anybody can judge) of others.
+    """Learn trust and most for shots of responses that training knows and (by `away`, a model and judges) of others.
 
     Each is what makes the moderated predictions of the rows that were not shown lose the fewest nats. A number of shots
     that few have, fewer than `ENOUGH` users and than a quarter of those who have one, teaches noise: it is trusted as
     the number before it, and more shots than that count as that many, since nobody bore out that they say more.
     """
     found = [_borne_out(model, items, near, notes)]
-    if far is not None:
+    if away is not None:
         notes["far"] = {}
-        found.append(_borne_out(model, items, far, notes["far"]))
+        found.append(_borne_out(away[0], items, away[1], notes["far"]))
     shots, trust, most = (jnp.asarray(np.stack(part), jnp.float32) for part in zip(found[0], found[-1], strict=True))
     return model.replace(shots=shots, trust=trust, most=jnp.maximum(most, most[0]))  # few have much to show far away
 

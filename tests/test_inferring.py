@@ -18,7 +18,18 @@ from pluralprefs.choosing import neighbours
 from pluralprefs.data.episodes import episode_indices
 from pluralprefs.data.files import DataError
 from pluralprefs.fitting import take
-from pluralprefs.inferring import FEWEST, KNOTS, Judging, far_items, fit_inferred, held_out, judges, settled, trusted
+from pluralprefs.inferring import (
+    FEWEST,
+    KNOTS,
+    Judging,
+    far_items,
+    far_judges,
+    fit_inferred,
+    held_out,
+    judges,
+    settled,
+    trusted,
+)
 from pluralprefs.launch import fit
 from pluralprefs.likelihoods import Logistic, pooled_mean
 from pluralprefs.models.low_rank import LowRank
@@ -233,7 +244,7 @@ def test_what_shots_say_is_not_trusted_where_it_says_nothing():
     told = Judging(table.replace(target=told), "pair")
     model = settled(model, family, X, table)
     assert float(trusted(model, X, notes, told).trust[:, -3:].min()) > 0.5
-    near_alone = trusted(model, X, notes, told, Judging(table, "pair"))
+    near_alone = trusted(model, X, notes, told, (model, Judging(table, "pair")))
     assert float(near_alone.trust[0, -3:].min()) > 0.5
     assert float(near_alone.trust[1].max()) < 0.15
     assert notes["far"]["trust"]["8"] == pytest.approx(float(near_alone.trust[1, 4]))
@@ -263,8 +274,9 @@ def test_where_items_are_kept_apart_held_out_users_are_asked_about_items_that_no
     second = ((first + draw.integers(1, 50, len(user))) % 50).astype(np.int32)
     table = jax.tree.map(np.asarray, rows(first, second, np.ones(len(user)), np.ones(len(user))).replace(user=user))
     held = held_out(np.unique(user))
-    fitted, (judging, asked), far = judges(table, held, Pooled(cross_fit="item"))
-    assert far is None  # every item is linked to every other by comparisons
+    fitted, (judging, asked) = judges(table, held, Pooled(cross_fit="item"))
+    linked = far_judges(table, held, Judging(judging, asked), Pooled(cross_fit="item"))
+    assert linked is None  # every item with every other, by comparisons
     assert not set(user[fitted]) & set(held)
     assert set(judging.user) == set(held)
     assert not asked[first[fitted]].any()
@@ -297,29 +309,34 @@ def grouped(groups=10, users=30, per_user=20):
 
 
 @pytest.mark.parametrize("cross_fit", ["pair", "item"])
-def test_groups_of_responses_that_are_compared_among_themselves_are_kept_from_the_family(cross_fit):
+def test_groups_of_responses_that_are_compared_among_themselves_are_kept_from_another_family(cross_fit):
+    pooled = Pooled(cross_fit=cross_fit)
     table, group = grouped()
     held = held_out(np.unique(table.user))
-    part, near, far = judges(table, held, Pooled(cross_fit=cross_fit))
-    assert far is not None
+    near = judges(table, held, pooled)[1]
+    part, far = far_judges(table, held, near, pooled)
     assert far.asked == cross_fit
     aside = set(far.rows.first // 10)
     assert len(aside) == 2  # of ten equal groups the first that make a fifth
-    assert not aside & set(group[part])
-    assert not aside & set(near.rows.first // 10)
+    assert set(group[part]) == set(range(10)) - aside
     assert not set(far.rows.user) & set(table.user[part])
     assert set(far.rows.user) == set(table.user[np.isin(group, list(aside))])  # not those held out alone
-    assert set(near.rows.user) == set(held) - set(far.rows.user)
     known = np.ones(100, bool)
-    assert judges(table, held, Pooled(cross_fit=cross_fit), known)[2] is not None
+    assert far_judges(table, held, near, pooled, known) is not None
     shown = sorted(set(near.rows.first) - (set() if isinstance(near.asked, str) else set(np.flatnonzero(near.asked))))
     known[shown[: len(shown) // 5]] = False  # held-out users show what nobody has met: they judge for all
-    assert judges(table, held, Pooled(cross_fit=cross_fit), known)[2] is None
-    for few in (10, 2):  # one group of ten holds back too few users, of two none is small enough
+    assert far_judges(table, held, near, pooled, known) is None
+    everywhere = table.replace(user=(table.user % 30).astype(np.int32))  # nobody is in two groups alone
+    own = held_out(np.arange(30))
+    assert far_judges(everywhere, own, judges(everywhere, own, pooled)[1], pooled) is None  # 20 were to be held out
+    most = np.arange(27)
+    part, far = far_judges(everywhere, most, judges(everywhere, most, pooled)[1], pooled)
+    assert set(far.rows.user) <= set(most)
+    assert set(everywhere.user[part]) == set(range(27, 30))
+    for few in (10, 2):  # two groups of ten have too few users, and of two groups none is small enough
         alone, _ = grouped(few, users=8 if few == 10 else 60)
-        asked = judges(alone, held_out(np.unique(alone.user)), Pooled(cross_fit=cross_fit))
-        assert asked[2] is None
-        assert len(np.unique(alone.first[asked[0]] // 10)) == few
+        own = held_out(np.unique(alone.user))
+        assert far_judges(alone, own, judges(alone, own, pooled)[1], pooled) is None
 
 
 @pytest.mark.parametrize("cross_fit", ["pair", "item"])
@@ -331,7 +348,8 @@ def test_nobody_judges_far_away_by_what_a_shot_half_answers(cross_fit):
              for i in own for j in range(5) if j not in own]  # fmt: skip
     user, first, second = np.array(pairs, np.int32).T
     table = jax.tree.map(np.asarray, rows(first, second, np.ones(len(user)))).replace(user=user)
-    far = judges(table, held_out(np.unique(user)), Pooled(cross_fit=cross_fit))[2]
+    pooled, held = Pooled(cross_fit=cross_fit), held_out(np.unique(user))
+    far = far_judges(table, held, judges(table, held, pooled)[1], pooled)
     assert (far is None) == (cross_fit == "item")
 
 
