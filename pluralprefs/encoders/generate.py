@@ -17,6 +17,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from pluralprefs.encoders.attention import Places, locate
 from pluralprefs.encoders.decoder import Memory
+from pluralprefs.encoders.guiding import Guide
 from pluralprefs.types import Key, Tokens
 
 
@@ -56,12 +57,14 @@ def generate(
     top_p: float = 1.0,
     end: tuple[int, ...] = (),
     key: Key | None = None,
+    guide: Guide | None = None,
 ) -> Continuation:
     """Continue every row by at most `new` tokens, until it has given a token of `end`. A row of padding gives nothing.
 
     At temperature 0 the likeliest token is taken. Above it tokens are drawn, with `key`, from the softmax of
-    logits / temperature, kept to the fewest likeliest tokens whose probabilities reach `top_p`. Raises ValueError for
-    settings that are out of range, and for more tokens than OPT has positions.
+    logits / temperature, kept to the fewest likeliest tokens whose probabilities reach `top_p`. With a `guide`
+    (`guiding.reward_guide`) its scores stand in the place of the logits. Raises ValueError for settings that are out of
+    range, and for more tokens than OPT has positions.
     """
     if new < 1 or temperature < 0 or not 0 < top_p <= 1:
         raise ValueError(f"new={new}, temperature={temperature}, top_p={top_p}: need new >= 1, temperature >= 0 and "
@@ -70,7 +73,7 @@ def generate(
         raise ValueError("drawing at a temperature needs a key; give key=jax.random.key(0), or temperature=0")
     key = jax.random.key(0) if key is None else key
     sampling = (jnp.float32(temperature), jnp.float32(top_p)) if temperature > 0 else None
-    return _generate(model.graphdef, new, model.params, tokens, jnp.asarray(end, jnp.int32), sampling, key)
+    return _generate(model.graphdef, new, model.params, tokens, jnp.asarray(end, jnp.int32), sampling, key, guide)
 
 
 def nucleus(logits: Float[Array, "*batch vocabulary"], top_p: Float[Array, ""]) -> Float[Array, "*batch vocabulary"]:
@@ -98,8 +101,9 @@ def choose(
 
 @partial(jax.jit, static_argnums=(0, 1))
 def _generate(
-    graphdef: Any, new: int, params: Any, tokens: Tokens, end: Int[Array, " ends"], sampling: Any, key: Key
-) -> Continuation:
+    graphdef: Any, new: int, params: Any, tokens: Tokens, end: Int[Array, " ends"], sampling: Any, key: Key,
+    guide: Guide | None,
+) -> Continuation:  # fmt: skip
     model = nnx.merge(graphdef, params)
     ids, mask = jnp.asarray(tokens.ids), jnp.asarray(tokens.mask)
     batch, length = ids.shape
@@ -119,14 +123,19 @@ def _generate(
         return (state.step < new) & ~jnp.all(state.done)
 
     def step(state: _State) -> _State:
-        chosen = choose(state.logits, sampling, jax.random.fold_in(key, state.step))
         real = ~state.done
-        chosen = jnp.where(real, chosen, 0)
         place = Places(state.position[:, None], run[:, None], state.position[:, None] + 1)
-        hidden, memory = model.extend(chosen[:, None], place, real[:, None], state.memory)
+
+        def extended(ids: Int[Array, " batch"]) -> tuple[Float[Array, "batch dim"], Memory]:
+            hidden, memory = model.extend(ids[:, None], place, real[:, None], state.memory)
+            return hidden[:, 0], memory
+
+        scores = state.logits if guide is None else guide(state.logits, lambda ids: extended(ids)[0], first)
+        chosen = jnp.where(real, choose(scores, sampling, jax.random.fold_in(key, state.step)), 0)
+        hidden, memory = extended(chosen)
         done = state.done | jnp.isin(chosen, end)
         return _State(
-            state.step + 1, model.logits(hidden[:, 0]), memory, state.position + 1, done,
+            state.step + 1, model.logits(hidden), memory, state.position + 1, done,
             state.ids.at[:, state.step].set(chosen), state.mask.at[:, state.step].set(real),
         )  # fmt: skip
 
