@@ -1,14 +1,15 @@
 """Tiny decoders of every supported type, made by transformers with PyTorch, and what it computes. Run by hand:
 
-    python tests/record_decoders.py
+    python tests/record_decoders.py [TYPE or ROPE...]
 
 It writes one checkpoint a type under tests/fixtures/decoder, every parameter perturbed (a norm's weight left at one
 would hide a missing multiplication) and no rope theta at its default, with the reference hidden states and logits,
-for tests that run without PyTorch.
+for tests that run without PyTorch. Under ropes/ it writes what the Llama of that folder computes with each scaling.
 """
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,32 @@ KINDS: dict[str, dict[str, Any]] = {
     "gemma2": SIZES | THETA | SLIDING | GEMMA | {"attn_logit_softcapping": 1.5, "final_logit_softcapping": 4.0},
     "gemma3_text": SIZES | SLIDING | GEMMA | {"rope_parameters": LOCAL, "final_logit_softcapping": None},
     "opt": OPT | {"ffn_dim": 24, "word_embed_proj_dim": 12},
+}
+
+# Rows of the example are longer and shorter than these lengths, which dynamic and longrope tell apart; the ramps of
+# yarn and llama3 begin and end among the four planes of a head.
+POSITIONS = 8
+YARN = {"factor": 4.0, "original_max_position_embeddings": 8, "beta_fast": 0.5, "beta_slow": 0.1}
+ROPES: dict[str, dict[str, Any]] = {
+    name: {"rope_type": name.split("-")[0], "rope_theta": 77.0} | entries
+    for name, entries in {
+        "linear": {"factor": 4.0},
+        "dynamic": {"factor": 4.0},
+        "yarn": YARN,
+        "yarn-mscale": YARN | {"mscale": 0.8, "mscale_all_dim": 0.5, "truncate": False},
+        "llama3": {
+            "factor": 8.0,
+            "low_freq_factor": 0.1,
+            "high_freq_factor": 1.0,
+            "original_max_position_embeddings": 8,
+        },
+        "longrope": {
+            "short_factor": [1.0, 1.5, 2.0, 2.5],
+            "long_factor": [2.0, 3.0, 5.0, 9.0],
+            "original_max_position_embeddings": 6,
+            "factor": 4.0,
+        },
+    }.items()
 }
 
 
@@ -133,17 +160,34 @@ def greedy(model: Any, tokens: dict[str, np.ndarray], new: int = 10) -> np.ndarr
     return np.pad(found, ((0, 0), (0, new - found.shape[1]))).astype(np.int32)
 
 
-def main() -> None:
-    for kind in KINDS:
-        folder = FIXTURES / kind
-        model = tiny_decoder(kind)
-        model.save_pretrained(folder)
-        (folder / "generation_config.json").unlink()
-        tokens = example_tokens()
-        np.savez_compressed(
-            FIXTURES / f"{kind}.npz", **tokens, **reference(model, tokens), greedy=greedy(model, example_tokens("left"))
-        )
+def record(kind: str) -> None:
+    """Write a tiny model of this type and what it computes."""
+    folder = FIXTURES / kind
+    model = tiny_decoder(kind)
+    model.save_pretrained(folder)
+    (folder / "generation_config.json").unlink()
+    tokens = example_tokens()
+    np.savez_compressed(
+        FIXTURES / f"{kind}.npz", **tokens, **reference(model, tokens), greedy=greedy(model, example_tokens("left"))
+    )
+
+
+def record_rope(name: str) -> None:
+    """Write what the recorded Llama computes with a scaled rope."""
+    import transformers
+
+    folder, tokens = FIXTURES / "llama", example_tokens()
+    config = transformers.AutoConfig.from_pretrained(
+        folder, rope_parameters=ROPES[name], max_position_embeddings=POSITIONS
+    )
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, config=config, attn_implementation="eager")
+    np.savez_compressed(FIXTURES / "ropes" / f"{name}.npz", **tokens, **reference(model.eval(), tokens))
+
+
+def main(names: list[str]) -> None:
+    for name in names or (*KINDS, *ROPES):
+        (record if name in KINDS else record_rope)(name)
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])
