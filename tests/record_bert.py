@@ -92,13 +92,18 @@ def save_tokenizer(folder: Path) -> None:
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, mask_token="[MASK]", **names).save_pretrained(folder)
 
 
-def example_tokens() -> dict[str, np.ndarray]:
-    """Right-padded token ids of mixed lengths, two segments in some rows."""
+def example_tokens(config: Any, side: str = "right") -> dict[str, np.ndarray]:
+    """Token ids of mixed lengths, padded on one side; two segments in some rows, which DistilBERT ignores.
+
+    RoBERTa tells padding from its id alone, when it counts positions: one of its texts names the padding token.
+    """
     rng = np.random.default_rng(11)
-    lengths = np.array([12, 3, 7, 2, 9])
-    mask = np.arange(12)[None] < lengths[:, None]
-    ids = np.where(mask, rng.integers(2, len(WORDS), mask.shape), 0)
-    segment = np.where(mask & (np.arange(12)[None] >= 5), 1, 0)
+    lengths, columns = np.array([12, 3, 7, 2, 9])[:, None], np.arange(12)[None]
+    mask = columns < lengths if side == "right" else columns >= 12 - lengths
+    ids = np.where(mask, rng.integers(2, len(WORDS), mask.shape), config.pad_token_id)
+    if "roberta" in config.model_type:
+        ids[0, 4] = config.pad_token_id
+    segment = np.where(mask & (columns >= 5) & (config.model_type in ("bert", "distilbert")), 1, 0)
     return {"ids": ids.astype(np.int32), "mask": mask, "segment": segment.astype(np.int32)}
 
 
@@ -111,8 +116,10 @@ def reference(model: Any, tokens: dict[str, np.ndarray]) -> dict[str, np.ndarray
         inputs["token_type_ids"] = torch.tensor(tokens["segment"]).long()
     with torch.no_grad():
         hidden = model(**inputs).last_hidden_state.numpy()
-    hidden = hidden * tokens["mask"][:, :, None]
-    return {"hidden": hidden, "mean": hidden.sum(1) / tokens["mask"].sum(1)[:, None], "cls": hidden[:, 0]}
+    mask = tokens["mask"]
+    hidden = hidden * mask[:, :, None]
+    cls = hidden[np.arange(len(mask)), mask.argmax(1)]
+    return {"hidden": hidden, "mean": hidden.sum(1) / mask.sum(1)[:, None], "cls": cls}
 
 
 def sentence_embeddings(folder: Path, sentences: list[str]) -> np.ndarray:
@@ -136,9 +143,7 @@ def main(kinds: list[str]) -> None:
         model = tiny_model(kind)
         model.save_pretrained(folder)
         save_tokenizer(folder)
-        tokens = example_tokens()
-        if kind in ("roberta", "modernbert"):  # they have one segment
-            tokens["segment"] = np.zeros_like(tokens["segment"])
+        tokens = example_tokens(model.config, "left" if kind == "roberta" else "right")
         np.savez(FIXTURES / f"{kind}.npz", **tokens, **reference(model, tokens))
     if not kinds:
         np.savez(FIXTURES / "minilm.npz", embedding=sentence_embeddings(weights.find_minilm(), SENTENCES))

@@ -10,7 +10,7 @@ NNX is used inside only. `BertEncoder` holds the parameters as a plain nested di
 the same call serves the feature cache and a train step that differentiates through it.
 
 Positions are counted along the mask, not along the array: padding may lie on either side. RoBERTa and XLM-R begin to
-count behind the id of their padding token.
+count behind the id of their padding token, and do not count one that a text names.
 
 `BertEncoder` reads ModernBERT too, whose layers are in `modernbert.py`.
 """
@@ -153,8 +153,11 @@ class Bert(nnx.Module):
 
     def __call__(self, tokens: Tokens) -> Float[Array, "batch length dim"]:
         mask = jnp.asarray(tokens.mask)
-        position = jnp.maximum(jnp.cumsum(mask, axis=-1) - 1, 0)
-        x = self.words(jnp.asarray(tokens.ids)) + self.positions(self.first + position)
+        ids = jnp.asarray(tokens.ids)
+        # RoBERTa's padding token has the row before the first position, also where a text names it.
+        counted = mask & (ids != self.first - 1) if self.first else mask
+        position = jnp.where(counted, jnp.cumsum(counted, axis=-1) - 1, -1 if self.first else 0)
+        x = self.words(ids) + self.positions(self.first + position)
         if self.segments is not None:
             x = x + self.segments(jnp.asarray(tokens.segment))
         x = self.norm(x)
