@@ -386,7 +386,7 @@ def _abstract(leaf: Any) -> jax.ShapeDtypeStruct:
 
 def _revived(found: Any, like: Any) -> Any:
     if found is None:
-        return jnp.zeros(like.shape, like.dtype)
+        return jnp.zeros(like.shape, like.dtype, device=getattr(like, "sharding", None))
     if _is_key(like):
         # An example, because key_impl takes no ShapeDtypeStruct.
         return jax.random.wrap_key_data(found, impl=jax.random.key_impl(jnp.empty((), like.dtype)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 import textwrap
 from dataclasses import replace
@@ -281,10 +282,12 @@ def test_a_training_goes_on_on_another_mesh_with_the_batches_that_it_began_with(
     refused = r"parts of a mesh, which 3 do not divide: .* whose data x fsdp divides 4"
     with pytest.raises(ValueError, match=refused):
         trained(replace(begun, mesh={"data": 3}), encoder, data, checkpoints=kept)
-    (_, moved, again), _ = trained(replace(begun, mesh={}), encoder, data, checkpoints=kept)
-    assert again == notes
-    for name, leaf in whole.items():
-        np.testing.assert_allclose(moved[name], leaf, atol=1e-4, err_msg=name)
+    for number, mesh in enumerate(({}, {"fsdp": 2, "tensor": 2})):
+        copied = shutil.copytree(kept, tmp_path / str(number))
+        (_, moved, again), _ = trained(replace(begun, mesh=mesh), encoder, data, checkpoints=copied)
+        assert again == notes
+        for name, leaf in whole.items():
+            np.testing.assert_allclose(moved[name], leaf, atol=1e-4, err_msg=name)
 
 
 def test_lora_moves_adapters_alone_and_is_read_back_for_the_encoder_that_it_belongs_to(encoder, data, tmp_path):

@@ -8,11 +8,15 @@ import numpy as np
 import optax
 import pytest
 from jax.sharding import PartitionSpec as P
+from record_decoders import FIXTURES
+from test_train import assert_same_bits
 
+from pluralprefs.backbone import RULES as BACKBONE_RULES
+from pluralprefs.encoders.decoder_weights import read_decoder
 from pluralprefs.likelihoods import Logistic
 from pluralprefs.pytrees import pytree
 from pluralprefs.sharding import batch_sharding, make_mesh, replicated, shard_rules, sharded_init
-from pluralprefs.train import comparison_loss, init_state, make_train_step
+from pluralprefs.train import CheckpointStore, comparison_loss, init_state, make_train_step
 from pluralprefs.types import Comparisons, Item, Params
 
 needs_eight = pytest.mark.skipif(jax.device_count() < 8, reason="needs 8 devices; tests/conftest.py asks for them")
@@ -80,6 +84,37 @@ def test_every_leaf_is_born_in_its_place_with_its_optimiser_moments():
     assert state.params.model.weight.sharding.spec == P("tensor")
     assert state.params.likelihood.log_temperature.sharding.is_fully_replicated
     assert {shard.data.shape for shard in state.params.users["user"].addressable_shards} == {(4, 4)}
+
+
+def filled(shapes, seed, mesh):
+    """A state with numbers of its own in every leaf, placed by the rules of an encoder that is trained."""
+    draw = np.random.default_rng(seed)
+
+    def fill(leaf):
+        if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            return jax.random.key(seed)
+        return draw.uniform(1, 1000, leaf.shape).astype(leaf.dtype)
+
+    return jax.device_put(jax.tree.map(fill, shapes), shard_rules(shapes, mesh, BACKBONE_RULES))
+
+
+@needs_eight
+def test_a_state_saved_on_one_mesh_is_read_into_its_places_on_another(tmp_path):
+    params = make_params(jax.random.key(0)).replace(encoder=read_decoder(FIXTURES / "llama", head=True).params)
+    params.users["community"] = jnp.zeros((0, 4))
+    shapes = jax.eval_shape(lambda key: init_state(params, optax.adam(0.1), key), jax.random.key(0))
+    saved, like = filled(shapes, 1, make_mesh(data=2, fsdp=4)), filled(shapes, 2, make_mesh(data=1, fsdp=2, tensor=2))
+    store = CheckpointStore(tmp_path)
+    store.save(1, saved)
+    found = store.restore(like)
+    store.close()
+    assert_same_bits(found, saved)
+    assert jax.tree.map(lambda leaf: leaf.sharding, found) == jax.tree.map(lambda leaf: leaf.sharding, like)
+    kernel = lambda params: params.encoder["layers"][1]["query"]["kernel"]  # noqa: E731
+    for state, parts, rows in ((saved, (4, 32), 2), (found, (8, 16), 8)):
+        for params in (state.params, state.opt_state[0].mu):
+            assert {shard.data.shape for shard in kernel(params).addressable_shards} == {parts}
+            assert {shard.data.shape for shard in params.users["user"].addressable_shards} == {(rows, 4)}
 
 
 @needs_eight
