@@ -155,6 +155,9 @@ def main(folder: Path, only: str | None) -> None:
     table = comparisons.read(folder / "ukp.jsonl", pseudonymise=False)
     show("length only", baseline_predictions(table, 0).filter(model="length only"))
     arms = experiments(folder)
+    unknown = set(only.split(",") if only else ()) - set(arms)
+    if unknown:
+        raise SystemExit(f"--only: {min(unknown)!r} is not one of {', '.join(arms)}")
     for name in arms if only is None else only.split(","):
         if not (folder / f"{name}.parquet").exists():
             write_atomically(folder / f"{name}.parquet", predictions(arms[name], table).write_parquet)

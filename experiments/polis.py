@@ -27,7 +27,7 @@ fast_weights, seeds 0 to 2, 2026-11-22 (22 minutes on one core; its design was c
 LOG.md): seen/testpair 67.6 [66.3, 68.9]; 0.606, unseen/testpair 64.1; 0.625 at 0 shots, 66.2; 0.617 at 4, 66.4 [63.8,
 69.0]; 0.614 at 16 and 66.3 [63.7, 69.1]; 0.613 at 32 (against its own 0 shots -0.012 nats [-0.021, -0.002]), which is
 67.4, 65.5 and never above zero-shot. In new conversations shots are not trusted, for held-out conversations did not
-bear them out: unseen/newprompt 66.6; 0.613 at every number of shots (66.7 at 32).
+bear them out: unseen/newprompt 66.6; 0.613 at 0 shots and 66.7 [63.7, 69.5]; 0.613 at 32.
 The other families were not run on this set to the end.
 """
 

@@ -235,6 +235,7 @@ def train_backbone(
     params = jax.tree.map(jnp.copy, _placed(Params(model, table_of_users, likelihood, encoder=trained), mesh))
     update = backbone.optimizer(labels, steps)
     state = _begin(params, update, jax.random.key(backbone.seed), mesh)
+    del params  # where the state is made of copies, these are of no use
 
     def nats(params: Params) -> float:
         now = started.replace(params=join(params.encoder, frozen))
@@ -279,8 +280,10 @@ def applied(backbone: Backbone, encoder: Any, found: Mapping[str, Any], mesh: Me
     def place(path: Any, leaf: Any, to: Any) -> Any:
         """A leaf at a time: no device holds the whole encoder on the way."""
         name = leaf_name(path)
-        leaf = np.asarray(found[name]) if name in found else leaf.astype(backbone.frozen_dtype)
-        return jax.device_put(leaf, to) if mesh else jnp.asarray(leaf)
+        new = np.asarray(found[name]) if name in found else leaf.astype(backbone.frozen_dtype)
+        if mesh is None and len(leaf.sharding.device_set) == 1:
+            return jnp.asarray(new)
+        return jax.device_put(new, to if mesh else leaf.sharding)  # else where the encoder was read
 
     places = shard_rules(started.params, mesh, RULES) if mesh else started.params
     params = jax.tree_util.tree_map_with_path(place, started.params, places)

@@ -111,14 +111,12 @@ def fit_inferred(
         part, near = judges(judged, held, pooled)
         chosen, done = train(model.family, take(judged, part), epochs=epochs, held=near, notes=notes,
                              folder=checkpoints and checkpoints / "held-out")  # fmt: skip
-        known = None if items.index is None else np.asarray(items.index) >= 0
-        away = far_judges(judged, held, near, pooled, known)
+        met = None if items.index is None else np.asarray(items.index) >= 0
+        away = far_judges(judged, held, near, pooled, met)
         if away is not None:
-            part, far = away
-            unmet = population(~np.isin(rows.first, far.rows.first))
-            far = far._replace(
-                rows=far.rows.replace(offset=row_log_odds(*unmet, items, strangers(far.rows)).astype(np.float32))
-            )
+            part, far, strange = away
+            offset = row_log_odds(*population(~strange), items, strangers(far.rows)).astype(np.float32)
+            far = far._replace(rows=far.rows.replace(offset=offset))
             stranger, _ = train(model.family, take(judged, part), epochs=done,
                                 folder=checkpoints and checkpoints / "far")  # fmt: skip
             away = settled(model, stranger, items, rows), far
@@ -153,22 +151,23 @@ def judges(rows: Rows, held: np.ndarray, pooled: Pooled) -> tuple[np.ndarray, Ju
 
 def far_judges(
     rows: Rows, held: np.ndarray, near: Judging, pooled: Pooled, known: Bool[np.ndarray, " items"] | None = None
-) -> tuple[np.ndarray, Judging] | None:  # fmt: skip
-    """Rows to train another family on, and users to judge by who show and are asked about what it has not met.
+) -> tuple[np.ndarray, Judging, Bool[np.ndarray, " rows"]] | None:  # fmt: skip
+    """Rows to train another family on, users to judge by who show and are asked about what it has not met, and which
+    rows are of that.
 
     Those are `far_items` and users without another row; where these are fewer than `ENOUGH`, users that are held out
-    from the other rows too. None where that is not enough either, and where a tenth of what `near` shows are items that
-    are not `known`: what is judged near is then said of unknown items already.
+    from the other rows too. None where that is not enough either, and where a tenth of the rows that `near` shows have
+    an item that is not `known`: what is judged near is then said of unknown items already.
     """
     usable = _usable(rows)
-    strange = usable & far_items(rows, usable)[rows.first]
+    strange = far_items(rows, usable)[rows.first]
     if not strange.any() or not _shows_known(near, known):
         return None
     for part in (usable & ~strange, usable & ~strange & ~np.isin(rows.user, held)):
-        unseen = take(rows, np.flatnonzero(strange & ~np.isin(rows.user, rows.user[part])))
+        unseen = take(rows, np.flatnonzero(usable & strange & ~np.isin(rows.user, rows.user[part])))
         far = Judging(unseen, "item" if pooled.cross_fit == "item" else "pair")
         if len(np.unique(rows.user[part])) >= FEWEST and _askable(far) >= ENOUGH:
-            return np.flatnonzero(part), far
+            return np.flatnonzero(part), far, strange
     return None
 
 
@@ -181,21 +180,6 @@ def _shows_known(near: Judging, known: np.ndarray | None) -> bool:
     sides = np.stack([near.rows.first, near.rows.second])
     shown = sides if isinstance(near.asked, str) else sides[:, ~near.asked[sides].any(axis=0)]
     return known is None or float(known[shown].all(axis=0).mean()) >= 0.9
-
-
-def _near(rows: Rows, held: np.ndarray, usable: np.ndarray, pooled: Pooled) -> tuple[np.ndarray, Judging]:
-    apart = np.isin(np.asarray(rows.user), held)
-    others, aside = np.flatnonzero(usable & ~apart), take(rows, np.flatnonzero(usable & apart))
-    if pooled.cross_fit != "item":
-        return others, Judging(aside, "pair")
-    new = np.array(
-        [_hash(f"new item|{i}") % 100 < NEW_ITEMS for i in range(int(max(rows.first.max(), rows.second.max())) + 1)]
-    )
-    fitted = others[~new[rows.first[others]] & ~new[rows.second[others]]]
-    for part, judging in ((fitted, Judging(aside, new)), (others, Judging(aside, "item"))):
-        if len(np.unique(rows.user[part])) >= FEWEST <= _askable(judging):
-            return part, judging
-    return others, Judging(aside, "pair")
 
 
 def far_items(rows: Rows, usable: Bool[np.ndarray, " rows"]) -> Bool[np.ndarray, " items"]:
@@ -255,14 +239,15 @@ def trusted(
 
     Each is what makes the moderated predictions of the rows that were not shown lose the fewest nats. A number of shots
     that few have, fewer than `ENOUGH` users and than a quarter of those who have one, teaches noise: it is trusted as
-    the number before it, and more shots than that count as that many, since nobody bore out that they say more.
+    the number before it, and more shots than that count as that many, since nobody bore out that they say more; far
+    away, where few have much to show, as many count as near.
     """
     found = [_borne_out(model, items, near, notes)]
     if away is not None:
         notes["far"] = {}
         found.append(_borne_out(away[0], items, away[1], notes["far"]))
     shots, trust, most = (jnp.asarray(np.stack(part), jnp.float32) for part in zip(found[0], found[-1], strict=True))
-    return model.replace(shots=shots, trust=trust, most=jnp.maximum(most, most[0]))  # few have much to show far away
+    return model.replace(shots=shots, trust=trust, most=jnp.maximum(most, most[0]))
 
 
 def _borne_out(

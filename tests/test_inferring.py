@@ -314,7 +314,8 @@ def test_groups_of_responses_that_are_compared_among_themselves_are_kept_from_an
     table, group = grouped()
     held = held_out(np.unique(table.user))
     near = judges(table, held, pooled)[1]
-    part, far = far_judges(table, held, near, pooled)
+    part, far, strange = far_judges(table, held, near, pooled)
+    np.testing.assert_array_equal(strange, ~np.isin(np.arange(len(group)), part))
     assert far.asked == cross_fit
     aside = set(far.rows.first // 10)
     assert len(aside) == 2  # of ten equal groups the first that make a fifth
@@ -330,8 +331,10 @@ def test_groups_of_responses_that_are_compared_among_themselves_are_kept_from_an
     own = held_out(np.arange(30))
     assert far_judges(everywhere, own, judges(everywhere, own, pooled)[1], pooled) is None  # 20 were to be held out
     most = np.arange(27)
-    part, far = far_judges(everywhere, most, judges(everywhere, most, pooled)[1], pooled)
+    part, far, strange = far_judges(everywhere, most, judges(everywhere, most, pooled)[1], pooled)
     assert set(far.rows.user) <= set(most)
+    assert set(group[strange]) == aside  # of all users, not of those who judge
+    assert set(group[~strange]) == set(range(10)) - aside
     assert set(everywhere.user[part]) == set(range(27, 30))
     for few in (10, 2):  # two groups of ten have too few users, and of two groups none is small enough
         alone, _ = grouped(few, users=8 if few == 10 else 60)

@@ -4,7 +4,8 @@
 
 The largest score is taken, or a token is drawn from the softmax of score / temperature. The decoder that writes is the
 one that the reward reads: r_u is that of the hidden state of v. As in the paper, a reward that was fitted on whole
-responses is asked about beginnings, and nothing is looked at beyond v.
+responses is asked about beginnings, and nothing is looked at beyond v: no closing tokens of a chat template, no maps of
+features, no attributes.
 """
 
 from __future__ import annotations
