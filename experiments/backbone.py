@@ -149,9 +149,8 @@ def main(folder: Path, only: str | None) -> None:
         table = judged()
         comparisons.write(table, folder / "ukp.jsonl")
         train = table.filter(cell="train")
-        tiny_llama(
-            folder / "llama", pl.concat([train[side] for side in ("prompt", "first", "second")]).unique().to_list()
-        )
+        texts = pl.concat([train[side] for side in ("prompt", "first", "second")])
+        tiny_llama(folder / "llama", texts.unique(maintain_order=True).to_list())
     table = comparisons.read(folder / "ukp.jsonl", pseudonymise=False)
     show("length only", baseline_predictions(table, 0).filter(model="length only"))
     arms = experiments(folder)

@@ -179,7 +179,7 @@ def _shows_known(near: Judging, known: np.ndarray | None) -> bool:
     """Whether nine in ten of the rows that can be shown are of two items that are known."""
     sides = np.stack([near.rows.first, near.rows.second])
     shown = sides if isinstance(near.asked, str) else sides[:, ~near.asked[sides].any(axis=0)]
-    return known is None or float(known[shown].all(axis=0).mean()) >= 0.9
+    return known is None or bool(10 * known[shown].all(axis=0).sum() >= 9 * max(shown.shape[1], 1))
 
 
 def far_items(rows: Rows, usable: Bool[np.ndarray, " rows"]) -> Bool[np.ndarray, " items"]:

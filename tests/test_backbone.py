@@ -207,6 +207,12 @@ def test_no_device_holds_the_whole_of_what_a_mesh_divides(folder, data, monkeypa
             assert leaf.ndim < 2 or leaf.addressable_shards[0].data.size < leaf.size
 
 
+def test_several_processes_take_no_mesh_to_read_an_encoder_onto(folder, monkeypatch):
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    with pytest.raises(EncoderError, match="or give one process all devices"):
+        encoders.load(folder / "llama", mesh={"fsdp": 2})
+
+
 @pytest.mark.slow
 def test_two_processes_train_the_encoder_that_one_trains(folder, tmp_path):
     program = """

@@ -327,6 +327,8 @@ def test_groups_of_responses_that_are_compared_among_themselves_are_kept_from_an
     shown = sorted(set(near.rows.first) - (set() if isinstance(near.asked, str) else set(np.flatnonzero(near.asked))))
     known[shown[: len(shown) // 5]] = False  # held-out users show what nobody has met: they judge for all
     assert far_judges(table, held, near, pooled, known) is None
+    nothing = Judging(near.rows, np.ones(100, bool))  # all items are asked about, none is shown
+    assert far_judges(table, held, nothing, pooled, np.ones(100, bool)) is None
     everywhere = table.replace(user=(table.user % 30).astype(np.int32))  # nobody is in two groups alone
     own = held_out(np.arange(30))
     assert far_judges(everywhere, own, judges(everywhere, own, pooled)[1], pooled) is None  # 20 were to be held out
