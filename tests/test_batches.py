@@ -120,6 +120,17 @@ def test_a_response_without_prompt_twin_is_an_item_of_its_own():
     assert items.columns == ["item_key", "item_id", "prompt_id", "prompt", "text"]
 
 
+def test_a_table_put_together_and_filtered_is_a_table():
+    whole = pl.concat([table().with_columns(source=pl.lit(name)) for name in "ab"])
+    second = whole.with_columns(example_id=pl.int_range(pl.len()).cast(pl.Utf8)).filter(source="b")
+    assert second["prompt_id"].n_chunks() > 1  # of which the first is empty
+    items = batches.item_table(second)
+    assert items.equals(batches.item_table(table()))
+    known = batches.vocabulary(second)
+    found = batches.index_rows(second, items, known)
+    np.testing.assert_array_equal(found.first, batches.index_rows(table(), items, known).first)
+
+
 def test_items_never_seen_in_training_have_no_index():
     rows = table(second_id=["2", "1", "4", "9"], second=["two", "one", "four", "nine"])
     found = batches.item_index(batches.item_table(rows), batches.vocabulary(rows))

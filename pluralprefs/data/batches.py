@@ -294,7 +294,7 @@ def _side(table: pl.DataFrame, side: str) -> pl.DataFrame:
 
 
 def _item_key(item_id: str) -> pl.Expr:
-    return pl.format("{}/{}", "prompt_id", item_id)
+    return pl.concat_str("prompt_id", item_id, separator="/")  # pl.format panics in polars 2.1 on an empty first chunk
 
 
 def _names(column: pl.Series) -> tuple[str, ...]:
