@@ -21,7 +21,7 @@ from pluralprefs.teacher_cli import Asking, Concurrency, Debug, DryRun, MaxCost,
 from pluralprefs.terminal import plainly, say, show
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     import polars as pl
 
@@ -149,21 +149,38 @@ def train(
     neutral: Annotated[
         bool, typer.Option("--neutral", help="The responses themselves say nothing on any attribute (the lexicon's).")
     ] = False,
-    seed: Annotated[int, typer.Option(help="Of the start of hidden layers.")] = 0,
+    adapters: Annotated[
+        int, typer.Option(help="Rank of an adapter of each attribute, trained first; 0 for none. Wants an accelerator.")
+    ] = 0,
+    steps: Annotated[int, typer.Option(help="Of training adapters, 8 pairs of every attribute each.")] = 200,
+    seed: Annotated[int, typer.Option(help="Of the start of hidden layers, and of adapters.")] = 0,
     debug: Debug = False,
 ) -> None:
-    """Fit a head per attribute on the encoder's features, and test it on what was held out."""
+    """Fit a head per attribute on the encoder's features, and test it on what was held out.
+
+    With adapters the features are their rewards of the whole text, one an attribute; without, means over its sentences.
+    """
     import polars as pl
 
     from pluralprefs.attributes.accuracy import accuracy
-    from pluralprefs.attributes.fitting import embedder, fit_predictors
+    from pluralprefs.attributes.fitting import WIDTHS, embedder, fit_predictors
 
     table = _read(folder, "pairs", "pairs")
     names = attributes.split(",") if attributes else None
+    if adapters:
+        encoder = _adapted(folder, table, names, encoder, adapters, steps, seed)
     embed = embedder(encoder)
-    layers = (hidden,) if hidden else ()
+    layers, widths = (hidden,) if hidden else (), () if adapters else WIDTHS
     found = fit_predictors(
-        table, embed, encoder=encoder, names=names, hidden=layers, width=width, neutral=neutral, seed=seed
+        table,
+        embed,
+        encoder=encoder,
+        names=names,
+        hidden=layers,
+        widths=widths,
+        width=width,
+        neutral=neutral,
+        seed=seed,
     )
     rows = accuracy(found, table, embed)
     found.save(folder / "predictors.safetensors")
@@ -174,6 +191,34 @@ def train(
     gaps = tested.filter(pl.col("attribute").is_null() & (pl.col("gap") > 0)).sort("gap")
     show(_by_split(gaps, "gap"), "All attributes, by levels apart")
     say(f"{len(found.names)} predictors written to {folder / 'predictors.safetensors'}; every gap in accuracy.parquet")
+
+
+def _adapted(
+    folder: Path, pairs: pl.DataFrame, names: Sequence[str] | None, encoder: str, rank: int, steps: int, seed: int
+) -> str:
+    """Train an adapter of each attribute on its training pairs, and name the folder that they are in."""
+    import polars as pl
+
+    from pluralprefs import encoders
+    from pluralprefs.adapters import train_adapters
+    from pluralprefs.attributes.folds import TRAIN
+    from pluralprefs.data.comparisons import check
+    from pluralprefs.encoders.cache import progress_bar
+    from pluralprefs.encoders.lora import Lora
+
+    known = pairs.filter(split=TRAIN) if names is None else pairs.filter(pl.col("attribute").is_in(names), split=TRAIN)
+    table = check(known.select("attribute", first="high_text", second="low_text", target=1.0), name="pairs").table
+    with progress_bar(len(known["attribute"].unique()) * steps, progress=True) as bar:
+        task = bar.add_task("training adapters")
+
+        def report(done: int, total: int, loss: float) -> None:
+            bar.update(task, completed=done, total=total, description=f"training adapters, loss {loss:.3f}")
+
+        found = train_adapters(encoders.load(encoder), table, "attribute", lora=Lora(rank=rank), steps=steps, seed=seed,
+                               report=report)  # fmt: skip
+    found.save(folder / "adapters", encoder)
+    say(f"{len(found.names)} adapters written to {folder / 'adapters'}")
+    return str(folder / "adapters")
 
 
 @attributes_app.command(epilog="Example: pluralprefs attributes embed my.jsonl")

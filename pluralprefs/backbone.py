@@ -38,7 +38,7 @@ import polars as pl
 from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
-from pluralprefs.encoders.cache import encode_items
+from pluralprefs.encoders.cache import encode_items, fetch_texts
 from pluralprefs.encoders.decoder_weights import DECODER_RULES
 from pluralprefs.encoders.lora import FACTORS, Lora, attach, factor_rules, join, split
 from pluralprefs.encoders.text import Packed, TextEncoder, encode, require_packing
@@ -225,7 +225,9 @@ def train_backbone(
                          f"which {divided} do not divide: resume it with as many processes, or with a backbone.mesh "
                          f"whose data x fsdp divides {multiple}")  # fmt: skip
     steps = backbone.epochs * batches.steps
+    asked = [validation.first, validation.second]
     sample = take(strangers(flat), np.linspace(0, len(flat.target) - 1, min(len(flat.target), SAMPLE)).astype(int))
+    table = fetch_texts(table, np.concatenate([*asked, sample.first, sample.second]))  # what all encode together
     seen = _encoded(started, table, items, sample) if users else (items, sample)
     table_of_users = first_users(model, *seen, pooled, users)
     labels = backbone.labels(Params(model, table_of_users, likelihood, encoder=started.params))

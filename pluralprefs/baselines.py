@@ -14,7 +14,7 @@ pairs that were judged by many, and is 0 where nobody else judged.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -111,7 +111,7 @@ def fit_logistic(
 
 def artefact_differences(table: pl.DataFrame) -> Features:
     """Return features of the first minus features of the second response [rows, 7], in the order of `ARTEFACTS`."""
-    return _artefacts(texts(table, "first")) - _artefacts(texts(table, "second"))
+    return _of_texts(table, lambda rows: _artefacts(texts(rows, "first")) - _artefacts(texts(rows, "second")))
 
 
 def texts(table: pl.DataFrame, side: str) -> list[str]:
@@ -141,8 +141,18 @@ def _artefacts_of(text: str) -> tuple[float, ...]:
 
 
 def _length_difference(table: pl.DataFrame) -> Features:
-    first, second = (np.log1p([len(text) for text in texts(table, side)]) for side in ("first", "second"))
-    return (first - second).reshape(-1, 1)
+    def differences(rows: pl.DataFrame) -> Features:
+        first, second = (np.log1p([len(text) for text in texts(rows, side)]) for side in ("first", "second"))
+        return (first - second).reshape(-1, 1)
+
+    return _of_texts(table, differences)
+
+
+def _of_texts(table: pl.DataFrame, compute: Callable[[pl.DataFrame], Features]) -> Features:
+    """A row of features a row, of several processes each made by one that has its texts (`data.parts`)."""
+    from pluralprefs.hosts import divided  # JAX, which a table of results does not need
+
+    return divided(table["first"].is_not_null().to_numpy(), lambda own: compute(table[own]))
 
 
 def _targets(table: pl.DataFrame) -> Rows:

@@ -28,10 +28,11 @@ from pluralprefs.baselines import artefact_log_odds, length_only, majority_of_ot
 from pluralprefs.data import batches, splits
 from pluralprefs.encoders import load as load_encoder
 from pluralprefs.encoders.attributes import AttributeEncoder
-from pluralprefs.encoders.cache import encode_items
+from pluralprefs.encoders.cache import encode_items, encode_together, known_texts
 from pluralprefs.encoders.features import Features, append
 from pluralprefs.evaluate import SEEN, UNSEEN, Adapter
 from pluralprefs.fitting import Fitted, Rows, take
+from pluralprefs.hosts import divided, gathered, own_rows
 from pluralprefs.inferring import KNOTS, fit_inferred
 from pluralprefs.likelihoods import Logistic, pooled_mean, user_tail
 from pluralprefs.models.attribute_attention import AttributeAttention
@@ -222,7 +223,7 @@ def featured(
     if experiment.backbone is not None:
         encoder, notes = _trained(experiment, experiment.backbone, encoder, source, found, keep, checkpoints, report)
     encoder, features, maps = encode(experiment, table, items, encoder, progress=progress)
-    features = features if source is None else attach(source, items, features)
+    features = features if source is None else _attached(source, items, features)
     features = features.replace(index=item_positions(items, found.vocabulary))
     lesson = _lesson(experiment, found, features, encoder, maps, source, progress=progress)
     return Prepared(
@@ -237,11 +238,11 @@ def encode(
     known = items["item_id"].is_in(_training_items(table)).to_numpy()
     if hasattr(encoder, "fit"):
         encoder = encoder.fit(items, items.filter(known)["item_key"])
-    item = encode_items(items, encoder, progress=progress)
+    item = encode_together(items, encoder, progress=progress)
     maps = None
     embedding = np.asarray(item.embedding, np.float32)
     if experiment.features:
-        length = text_lengths(items)
+        length = divided(known_texts(items), lambda own: text_lengths(items[own]))
         maps = Features.fit(embedding[known], length[known], **experiment.features)
         embedding = maps(embedding, length)
     item = jax.tree.map(jnp.asarray, item.replace(embedding=embedding))
@@ -302,7 +303,7 @@ def _trained(
     cell, items = found.table["cell"].to_numpy(), found.items
     blank: Any = np.broadcast_to(np.float32(0), (items.height, getattr(encoder, "dim", 0)))
     features = Item(embedding=blank, prompt=blank if encoder.prompt else None)
-    features = features if source is None else attach(source, items, features)
+    features = features if source is None else _attached(source, items, features)
     model = draw_model(experiment, backbone.seed, data_sizes(features, found.vocabulary._replace(items=()), None))
     if getattr(model, "stand_in", None) is not None:  # it is taught when the encoder is done
         model = model.replace(stand_in=None)
@@ -326,6 +327,15 @@ def _trained(
 def attach(source: Any, items: pl.DataFrame, features: Item) -> Item:
     """Put the attributes of a source beside the features of the same items, in the same order."""
     values, mask = source.attributes(items)
+    return features.replace(attributes=jnp.asarray(values), attribute_mask=jnp.asarray(mask))
+
+
+def _attached(source: Any, items: pl.DataFrame, features: Item) -> Item:
+    """The same by all processes of a run, of which each may have some texts only."""
+    if not isinstance(source, Predicted):
+        return attach(source, items, features)
+    own = own_rows(known_texts(items))
+    values, mask = (gathered(part, own, items.height) for part in source.attributes(items[own]))
     return features.replace(attributes=jnp.asarray(values), attribute_mask=jnp.asarray(mask))
 
 
@@ -537,8 +547,14 @@ def baseline_predictions(table: pl.DataFrame, seed: int) -> pl.DataFrame:
 
 def fingerprint(table: pl.DataFrame, unlabelled: Sequence[str] = ()) -> str:
     """SHA-256 of every column of the judgements and of the unlabelled responses, whatever the order of either."""
-    rows = table.select(sorted(table.columns)).iter_rows()
-    lines = sorted(hashlib.sha256("\t".join(map(repr, row)).encode()).digest() for row in rows)
+    ordered = table.select(sorted(table.columns))
+
+    def digests(own: np.ndarray) -> np.ndarray:
+        lines = ("\t".join(map(repr, row)) for row in ordered[own].iter_rows())
+        found = b"".join(hashlib.sha256(line.encode()).digest() for line in lines)
+        return np.frombuffer(found, np.uint8).reshape(-1, 32)
+
+    lines = sorted(row.tobytes() for row in divided(ordered["first"].is_not_null().to_numpy(), digests))
     lines += sorted(hashlib.sha256(text.encode()).digest() for text in unlabelled)
     return hashlib.sha256(b"".join(lines)).hexdigest()
 

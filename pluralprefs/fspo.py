@@ -21,6 +21,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -125,12 +126,15 @@ def fit_fspo(
     description: float = 1.0,
     seed: int = 0,
     report: Report | None = None,
+    references: Path | None = None,
 ) -> Policy:
     """Train both stages on the corpus's training users, and learn temperatures where the likelihood needs them.
 
     IPO's scores are not log-odds: a fifth of the training users is held out of both stages, and the temperature at each
-    number of shots is what serves their judgements best. Raises ValueError for parameters that are not float32, for a
-    likelihood of another beta, and where there are too few users to hold any out.
+    number of shots is what serves their judgements best. `references` is a folder in which the log-probabilities of the
+    first stage are kept: trained again from the start it is the same model, and they are read. Raises ValueError for
+    parameters that are not float32, for a likelihood of another beta, and where there are too few users to hold any
+    out.
     """
     require_masters(params)
     if isinstance(likelihood, IPO) and likelihood.beta != family.beta:
@@ -147,7 +151,9 @@ def fit_fspo(
     first = learned("supervised", supervised_loss(log_probability, description=description), start, supervised,
                     corpus.stream(rows, seed, supervised.drawn))  # fmt: skip
     known = corpus.stream(rows, seed + 1, preference.drawn)  # drawn twice: only the references are kept
-    reference = reference_log_probabilities(log_probability, first.model["backbone"], (each.rows for each in known))
+    reference = reference_log_probabilities(
+        log_probability, first.model["backbone"], (each.rows for each in known), folder=references
+    )
     second = learned(
         "preference", preference_loss(log_probability, reduction=reduction, description=description), first, preference,
         (batch.replace(reference=found)

@@ -1,9 +1,10 @@
 """Several processes, a host each or more, that compute one run: who is who, and arrays that belong to all.
 
-Every process runs the same program on the same table. What is trained by gradient is one computation over all devices
-of all processes: parameters are everywhere (those of an encoder where name rules place them), each process puts its own
-part of a batch on its devices. What is scored is divided by users and gathered, however unevenly. Fits by Newton's
-method are repeated by each process. Process 0 writes.
+Every process runs the same program on the same judgements, of which each may hold the texts of its own part alone
+(`data.parts`). What is trained by gradient is one computation over all devices of all processes: parameters are
+everywhere (those of an encoder where name rules place them), each process puts its own part of a batch on its devices.
+What is made of texts (tokens, features, lengths) and what is scored is divided and gathered, however unevenly. Fits by
+Newton's method are repeated by each process. Process 0 writes.
 
 With one process every function here is the identity, and none needs to be asked first.
 """
@@ -11,17 +12,19 @@ With one process every function here is the identity, and none needs to be asked
 from __future__ import annotations
 
 import hashlib
-import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
+from jaxtyping import Bool, Int, Shaped
 
 from pluralprefs.sharding import BATCH_AXES, make_mesh, replicated
+
+SLAB = 2**26  # bytes of a process that are sent at a time: they pass through a device's memory
 
 
 def connect(coordinator: str | None = None, processes: int | None = None, process: int | None = None) -> None:
@@ -130,21 +133,73 @@ def own_units(unit: Sequence[int] | np.ndarray) -> np.ndarray:
     return np.flatnonzero(np.asarray(unit) % jax.process_count() == jax.process_index())
 
 
+def own_rows(known: Bool[np.ndarray, " rows"]) -> Int[np.ndarray, " own"]:
+    """The positions of the rows that this process works on, of those that it knows; each row has one process.
+
+    A row goes in turn to those who know it, and one that nobody knows to any. All have to ask.
+    """
+    if jax.process_count() == 1:
+        return np.arange(len(known))
+    masks = np.stack([unpacked(found, len(known)) for found in exchanged(np.packbits(known).tobytes())])
+    return np.flatnonzero(workers(masks) == jax.process_index())
+
+
+def unpacked(bits: bytes, rows: int) -> Bool[np.ndarray, " rows"]:
+    """A mask from its bits."""
+    return np.unpackbits(np.frombuffer(bits, np.uint8), count=rows).astype(bool)
+
+
+def workers(known: Bool[np.ndarray, "processes rows"]) -> Int[np.ndarray, " rows"]:
+    """The process of each row, from who knows it.
+
+    >>> workers(np.array([[1, 1, 1, 0, 0], [1, 1, 0, 1, 0]], bool))
+    array([0, 1, 0, 1, 0])
+    """
+    able = known | ~known.any(axis=0)
+    turn = np.arange(able.shape[1]) % able.sum(axis=0)
+    return np.argmax(np.cumsum(able, axis=0) == turn + 1, axis=0)
+
+
+def divided(
+    known: Bool[np.ndarray, " rows"],
+    compute: Callable[[Int[np.ndarray, " own"]], Shaped[np.ndarray, "own ..."]],
+) -> Shaped[np.ndarray, "rows ..."]:
+    """What `compute` makes of the positions of rows, a row of an array each: every row by one process, on all.
+
+    See `own_rows` for who computes what. What `compute` makes of no rows must have the type and width of the others.
+    """
+    own = own_rows(known)
+    return gathered(compute(own), own, len(known))
+
+
 def gathered(values: np.ndarray, positions: np.ndarray, total: int) -> np.ndarray:
     """Join rows [own, ...] that each process computed at its `positions` to [total, ...], to the bit, on each."""
     if jax.process_count() == 1:
         return values
+    rows = exchanged(np.ascontiguousarray(values).tobytes())  # bytes, for JAX would round float64 and int64
+    places = exchanged(positions.astype(np.int64).tobytes())
+    out = np.zeros((total, *values.shape[1:]), values.dtype)
+    for at, found in zip(places, rows, strict=True):
+        out[np.frombuffer(at, np.int64)] = np.frombuffer(found, values.dtype).reshape(-1, *values.shape[1:])
+    return out
+
+
+def exchanged(content: bytes) -> list[bytes]:
+    """What every process gives, in the order of the processes, on each."""
+    if jax.process_count() == 1:
+        return [content]
     from jax.experimental.multihost_utils import process_allgather
 
-    most = int(process_allgather(np.int32(len(positions))).max())
-    # Bytes, for JAX would round float64 and int64.
-    width = math.prod(values.shape[1:])  # said, since a process may have no rows to tell it from
-    raw = np.ascontiguousarray(values).reshape(len(positions), width).view(np.uint8)
-    places = np.asarray(process_allgather(_upto(positions.astype(np.int32), most, -1))).reshape(-1)
-    rows = np.asarray(process_allgather(_upto(raw, most, 0))).reshape(-1, raw.shape[1])
-    out = np.zeros((total, *values.shape[1:]), values.dtype)
-    out[places[places >= 0]] = np.ascontiguousarray(rows[places >= 0]).view(values.dtype).reshape(-1, *values.shape[1:])
-    return out
+    long, rest = np.asarray(process_allgather(np.array(divmod(len(content), SLAB), np.int32))).reshape(-1, 2).T
+    sizes = long.astype(np.int64) * SLAB + rest
+    raw, slabs = np.frombuffer(content, np.uint8), []
+    for start in range(0, int(sizes.max()), SLAB):
+        most = min(
+            SLAB, 2 ** (int(sizes.max()) - start - 1).bit_length()
+        )  # few lengths: a program is compiled for each
+        part = raw[start : start + most]
+        slabs.append(np.asarray(process_allgather(np.pad(part, (0, most - len(part))))).reshape(len(sizes), most))
+    return [b"".join(slab[process].tobytes() for slab in slabs)[:size] for process, size in enumerate(sizes)]
 
 
 def agreed(values: Any) -> Any:
@@ -160,24 +215,13 @@ def shared(folder: Path) -> Path | None:
     """Process 0's folder, where every process sees it under that name; None where one does not. Of one, the same."""
     if jax.process_count() == 1:
         return folder
-    from jax.experimental.multihost_utils import broadcast_one_to_all, process_allgather
-
-    own = str(folder.absolute()).encode()
-    told = np.zeros(int(agreed(len(own))), np.uint8)
-    if writes():
-        told[:] = np.frombuffer(own, np.uint8)
-    found = Path(np.asarray(broadcast_one_to_all(told)).astype(np.uint8).tobytes().decode())
-    return found if np.asarray(process_allgather(np.int32(found.is_dir()))).all() else None
+    found = Path(exchanged(str(folder.absolute()).encode())[0].decode())
+    return found if all(answer == b"yes" for answer in exchanged(b"yes" if found.is_dir() else b"no")) else None
 
 
 def require_same(text: str) -> None:
     """Raise ValueError on every process where they do not all say the same."""
-    if jax.process_count() == 1:
-        return
-    from jax.experimental.multihost_utils import process_allgather
-
-    own = np.frombuffer(hashlib.blake2b(text.encode(), digest_size=16).digest(), np.int32)
-    if (np.asarray(process_allgather(own)) != own).any():
+    if len(set(exchanged(hashlib.blake2b(text.encode()).digest()))) > 1:
         raise ValueError("the processes have different data or experiments: give all the same files and one command")
 
 
@@ -196,7 +240,3 @@ def _placed(leaf: Any, place: NamedSharding) -> jax.Array:
 
 def _filled(leaf: np.ndarray, short: int) -> np.ndarray:
     return np.pad(leaf, [(0, 0)] * (leaf.ndim - 1) + [(0, short)], mode="edge") if short else leaf
-
-
-def _upto(rows: np.ndarray, most: int, fill: int) -> np.ndarray:
-    return np.pad(rows, [(0, most - len(rows))] + [(0, 0)] * (rows.ndim - 1), constant_values=fill)

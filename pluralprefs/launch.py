@@ -91,12 +91,13 @@ def record(
     found = indexed(experiment, table)
     # An encoder that is trained needs the folder for its checkpoints; a frozen one is refused before there is one.
     prepared = None if experiment.backbone else featured(experiment, found, progress=progress)
-    require_same(f"{fingerprint(found.table, found.unlabelled)} {describe(replace(experiment, save_users=False))}")
+    data = fingerprint(found.table, found.unlabelled)
+    require_same(f"{data} {describe(replace(experiment, save_users=False))}")
     for note in found.notes:
         tell(note)
     folder = create(
         _root(root), (experiment.name, experiment.data_name), describe(experiment), seeds=experiment.seeds,
-        devices=[str(device) for device in jax.devices()], data_fingerprint=fingerprint(found.table, found.unlabelled),
+        devices=[str(device) for device in jax.devices()], data_fingerprint=data,
     )  # fmt: skip
     folder.update(vmap=len(experiment.seeds) > 1 and (jax.default_backend() != "cpu" if vmap is None else vmap))
     return _fill(folder, experiment, found, prepared, progress, tell)
@@ -151,8 +152,9 @@ def go_on(
     if isinstance(kept, Predicted):  # not those that the folder of predictors may hold by now
         experiment = replace(experiment, attributes=lambda: kept)
     found = indexed(experiment, table)
-    require_same(fingerprint(found.table, found.unlabelled))  # or one would stop alone, and the others wait for it
-    if fingerprint(found.table, found.unlabelled) != content["data_fingerprint"]:
+    data = fingerprint(found.table, found.unlabelled)
+    require_same(data)  # or one would stop alone, and the others wait for it
+    if data != content["data_fingerprint"]:
         raise comparisons.DataError(f"{folder.path}: the data of {experiment.data_name!r} have changed since this run "
                                     "began: bring them back, or train again without --resume")  # fmt: skip
     return _fill(folder, experiment, found, None, progress, tell)

@@ -10,15 +10,16 @@ By length (`TokenBatches`), for encoders that read one text a row: a pair belong
 every epoch the pairs of a length are shuffled and cut into batches, and batches of all lengths are shuffled.
 
 Either way what a batch lacks is filled up with weight 0, every pair occurs once an epoch, and the batch of a step is a
-function of (seed, step) alone.
+function of (seed, step) alone. Of several processes each makes tokens of a share of the texts, and of a batch they send
+each other those that it holds: batches are those of one process, and no process needs all texts.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import cached_property
-from itertools import count
+from functools import cached_property, partial
+from itertools import chain, count
 from operator import itemgetter
 from typing import Any, NamedTuple
 
@@ -28,12 +29,39 @@ import polars as pl
 from jaxtyping import Int
 
 from pluralprefs.data.batches import take_rows
+from pluralprefs.encoders.cache import known_texts
 from pluralprefs.encoders.text import Packed, Span
-from pluralprefs.encoders.tokens import Rendered, Text, bucket, pad
+from pluralprefs.encoders.tokens import Rendered, Renderer, Text, bucket, pad
+from pluralprefs.hosts import exchanged, own_rows
 from pluralprefs.types import Comparisons, Item, Tokens
 
 MULTIPLE = 16  # of which the length of a packed row is one
 PADDING = 0.15  # with no more of it a packed row is long enough
+
+
+@dataclass(frozen=True)
+class Texts:
+    """Rendered texts by item: those that this process holds, and the number of tokens of all."""
+
+    held: Mapping[int, Rendered]
+    sizes: Int[np.ndarray, " items"]
+
+    @classmethod
+    def render(cls, renderer: Renderer, texts: Callable[[int], Text], table: pl.DataFrame, used: np.ndarray) -> Texts:
+        """Render the text of every item of `used`, rows of an item table; of the others nothing."""
+        own = used[own_rows(known_texts(table[used]))]
+        held = dict(zip(own.tolist(), renderer([texts(item) for item in own.tolist()]), strict=True))
+        sizes = np.zeros(table.height, np.int64)
+        sizes[own] = [len(held[item].ids) for item in own.tolist()]
+        return cls(held, np.sum([np.frombuffer(part, np.int64) for part in exchanged(sizes.tobytes())], axis=0))
+
+    def fetch(self, items: Int[np.ndarray, " asked"]) -> dict[int, Rendered]:
+        """The texts of items, which all processes have to ask for; items without one have an empty text."""
+        asked = np.unique(items).tolist()
+        blank = Rendered([], [], 0)
+        own = {item: self.held[item] for item in asked if item in self.held}
+        found = {item: text for part in exchanged(_packed(own)) for item, text in _unpacked(part)}
+        return {item: found.get(item, blank) for item in asked}
 
 
 @dataclass(frozen=True)
@@ -47,8 +75,8 @@ class TokenBatches:
 
     rows: Comparisons[Any]
     items: Item
-    responses: Sequence[Rendered]
-    prompts: Sequence[Rendered] | None
+    responses: Texts
+    prompts: Texts | None
     budget: int
     max_length: int
     seed: int
@@ -62,14 +90,9 @@ class TokenBatches:
         """Render the texts of an item table as `cache.encode_items` does; of items that no row names, nothing."""
         used = np.unique(np.concatenate([rows.first, rows.second]))
         prompt, text = table["prompt"].to_list(), table["text"].to_list()
-        blank = Rendered([], [], 0)
-
-        def rendered(texts: list[Text]) -> list[Rendered]:
-            found = dict(zip(used.tolist(), encoder.renderer(texts), strict=True))
-            return [found.get(row, blank) for row in range(table.height)]
-
-        responses = rendered([Text(prompt[row] if encoder.joint else None, text[row]) for row in used])
-        prompts = rendered([Text(prompt[row] or "", None) for row in used]) if encoder.prompt else None
+        rendered = partial(Texts.render, encoder.renderer, table=table, used=used)
+        responses = rendered(texts=lambda item: Text(prompt[item] if encoder.joint else None, text[item]))
+        prompts = rendered(texts=lambda item: Text(prompt[item] or "", None)) if encoder.prompt else None
         return cls(rows, items, responses, prompts, budget, encoder.renderer.max_length, seed, multiple)
 
     @property
@@ -90,10 +113,10 @@ class TokenBatches:
     @cached_property
     def sizes(self) -> Int[np.ndarray, "pairs texts"]:
         """Tokens of the texts of every pair: first and second response, and the prompt where it is embedded."""
-        responses = np.array([len(text.ids) for text in self.responses])
+        responses = self.responses.sizes
         found = [responses[self.rows.first], responses[self.rows.second]]
         if self.prompts is not None:
-            found.append(np.array([len(text.ids) for text in self.prompts])[self.rows.first])
+            found.append(self.prompts.sizes[self.rows.first])
         return np.stack(found, axis=1)
 
     def size(self, length: int) -> int:
@@ -105,7 +128,7 @@ class TokenBatches:
         """The padded length of every prompt; 0 where there are none."""
         if self.prompts is None:
             return 0
-        return bucket(max(len(prompt.ids) for prompt in self.prompts), max_length=self.max_length)
+        return bucket(int(self.prompts.sizes.max()), max_length=self.max_length)
 
     def groups(self) -> dict[int, Int[np.ndarray, " rows"]]:
         """Row numbers by the padded length of their longer response."""
@@ -124,18 +147,27 @@ class TokenBatches:
 
     def batch(self, length: int, index: Int[np.ndarray, " ..."]) -> Any:
         """The pairs at `index`, as numpy arrays; of padding both responses are empty."""
-        rows = take_rows(self.rows, index)
+        rows, blank = take_rows(self.rows, index), Rendered([], [], 0)
+        responses, prompts = self.fetched(rows, index)
 
         def side(items: np.ndarray) -> Item:
-            def tokens(texts: Sequence[Rendered], size: int) -> Any:
-                blank = Rendered([], [], 0)
-                chosen = [blank if at < 0 else texts[item] for at, item in zip(index, items, strict=True)]
+            def tokens(texts: Mapping[int, Rendered], size: int) -> Any:
+                chosen = [blank if at < 0 else texts[item] for at, item in zip(index, items.tolist(), strict=True)]
                 return pad(chosen, length=size)
 
-            prompt = None if self.prompts is None else tokens(self.prompts, self.prompt_length())
-            return self.beside(items).replace(embedding=tokens(self.responses, length), prompt=prompt)
+            prompt = None if prompts is None else tokens(prompts, self.prompt_length())
+            return self.beside(items).replace(embedding=tokens(responses, length), prompt=prompt)
 
         return rows.replace(first=side(rows.first), second=side(rows.second))
+
+    def fetched(
+        self, rows: Comparisons[Any], index: Int[np.ndarray, " pairs"]
+    ) -> tuple[dict[int, Rendered], dict[int, Rendered] | None]:
+        """The responses and the prompts of pairs by item."""
+        real = index >= 0
+        first, second = rows.first[real], rows.second[real]
+        prompts = None if self.prompts is None else self.prompts.fetch(np.concatenate([first, second]))
+        return self.responses.fetch(np.concatenate([first, second])), prompts
 
     def beside(self, items: Int[np.ndarray, " pairs"]) -> Item:
         """What goes with items beside their texts."""
@@ -205,8 +237,9 @@ class PackedBatches(TokenBatches):
         """
         rows, width = index.shape
         found = take_rows(self.rows, index.ravel())
-        parts = [(self.responses, found.first), (self.responses, found.second)]
-        parts += [] if self.prompts is None else [(self.prompts, found.first)]
+        responses, prompts = self.fetched(found, index.ravel())
+        parts = [(responses, found.first), (responses, found.second)]
+        parts += [] if prompts is None else [(prompts, found.first)]
         real = index.ravel()[:, None] >= 0
         size = np.where(real, self.sizes[index.ravel()], 0)
         taken = np.where(real, self.taken[index.ravel()], 0)
@@ -216,7 +249,7 @@ class PackedBatches(TokenBatches):
         for pair in np.flatnonzero(real):
             for number, (texts, items) in enumerate(parts):
                 row, first = pair // width, start[pair, number]
-                ids[row, first : first + size[pair, number]] = texts[items[pair]].ids
+                ids[row, first : first + size[pair, number]] = texts[int(items[pair])].ids
                 segment[row, first : ends[pair, number]] = pair % width * len(parts) + number + 1
         tokens = Tokens(ids, segment > 0, segment, np.zeros(rows, np.int32))  # pyright: ignore[reportArgumentType]
         spans = [Span(a.astype(np.int32), b.astype(np.int32)) for a, b in zip(start.T, size.T, strict=True)]
@@ -224,6 +257,22 @@ class PackedBatches(TokenBatches):
         first = self.beside(found.first).replace(embedding=spans[0], prompt=prompt)
         second = self.beside(found.second).replace(embedding=spans[1], prompt=prompt)
         return Packed(tokens, found.replace(first=first, second=second))
+
+
+def _packed(texts: Mapping[int, Rendered]) -> bytes:
+    """Rendered texts as 32-bit integers: how many, then of each its item, length and prompt end, then all tokens."""
+    heads = [(item, len(text.ids), text.prompt_end) for item, text in texts.items()]
+    tokens = [token for text in texts.values() for part in (text.ids, text.segment) for token in part]
+    return np.array([len(heads), *chain.from_iterable(heads), *tokens], np.int32).tobytes()
+
+
+def _unpacked(sent: bytes) -> Iterator[tuple[int, Rendered]]:
+    """What `_packed` packed."""
+    count, *_ = numbers = np.frombuffer(sent, np.int32)
+    at = 1 + 3 * count
+    for item, size, prompt_end in numbers[1:at].reshape(-1, 3).tolist():
+        yield item, Rendered(numbers[at : at + size].tolist(), numbers[at + size : at + 2 * size].tolist(), prompt_end)
+        at += 2 * size
 
 
 class Layout(NamedTuple):

@@ -9,6 +9,7 @@ from safetensors.numpy import load_file
 
 from pluralprefs.encoders.weights import WEIGHTS
 from pluralprefs.registry.files import save_arrays
+from pluralprefs.token_batches import Texts
 
 
 def write(path, users=8, per_user=24, seed=0, **columns):
@@ -27,6 +28,11 @@ def write(path, users=8, per_user=24, seed=0, **columns):
             rows.append(row | {"user_id": f"user {user}"} | {name: f(len(rows)) for name, f in columns.items()})
     path.write_text("\n".join(json.dumps(row) for row in rows), "utf8")
     return path
+
+
+def held(texts):
+    """Rendered texts as one process holds them."""
+    return Texts(dict(enumerate(texts)), np.array([len(text.ids) for text in texts]))
 
 
 def letters(path):

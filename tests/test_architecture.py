@@ -25,7 +25,7 @@ FLOORS = [
     "pooling",
     "training evaluate adapted windows",
     "inferring prompted backbone",
-    "profiles asking choosing user_shards fspo",
+    "profiles asking choosing user_shards fspo adapters",
     "experiment",
     "run plots",
     "launch answering model_card teacher_cli",

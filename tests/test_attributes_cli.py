@@ -12,10 +12,12 @@ import numpy as np
 import polars as pl
 import pytest
 from chat_server import blocks, running
+from tables import tiny_llama
 from typer.testing import CliRunner
 
 from pluralprefs.attributes import fitting
 from pluralprefs.attributes.catalog import CATALOG, load
+from pluralprefs.attributes.predictors import AttributePredictors
 from pluralprefs.attributes.store import AttributeStore
 from pluralprefs.attributes.teacher import QUESTIONS
 from pluralprefs.cli import app
@@ -59,6 +61,33 @@ def test_the_commands_go_from_texts_to_stored_scores(tmp_path, toy):
     table = pl.read_parquet(data)
     ids = [f"{p}/{i}" for p, i in table.select("prompt_id", "first_id").iter_rows()]
     assert store.lookup(ids, store.names).mask.all()
+
+
+def test_an_adapter_of_each_attribute_is_trained_and_read_by_the_predictors(tmp_path, monkeypatch):
+    tiny_llama(tmp_path / "llama")
+    draw = np.random.default_rng(0)
+    rows = []
+    for attribute, letter in (("security", "a"), ("humor", "e")):
+        for number in range(60):
+            other = " ".join(draw.choice([*"bcdfgh"], 4))
+            split = "train" if number < 40 else "validation" if number < 50 else "heldout_responses"
+            rows.append((f"r{number}", attribute, 0, 4, other, f"{other} {letter} {letter}", 4, split))
+    columns = ["response_id", "attribute", "low", "high", "low_text", "high_text", "gap", "split"]
+    pl.DataFrame(rows, schema=columns, orient="row").write_parquet(tmp_path / "pairs.parquet")
+    monkeypatch.setenv("PLURALPREFS_CACHE", str(tmp_path / "cache"))
+    done = call(
+        "train", "--folder", tmp_path, "--encoder", tmp_path / "llama", "--adapters", 2, "--steps", 40, "--width", 2
+    )
+    assert done.exit_code == 0, f"{done.output} {done.stderr} {done.exception!r}"
+    assert "2 adapters written to" in done.output.replace("\n", " ")
+    found = AttributePredictors.load(tmp_path / "predictors.safetensors")
+    assert found.encoder == str(tmp_path / "adapters")
+    assert found.maps is None
+    scores = found.scores(fitting.embedder(found.encoder)(["b c a a", "b c e e", "b c d"]))
+    assert found.names == ("humor", "security")
+    assert np.argmax(scores, axis=0).tolist() == [1, 0]  # each reads its own letter
+    accuracy = pl.read_parquet(tmp_path / "accuracy.parquet").filter(split="heldout_responses", gap=4)
+    assert accuracy["accuracy"].min() > 0.9
 
 
 def test_without_a_file_the_answers_of_the_lexicon_are_rewritten(tmp_path):

@@ -17,7 +17,7 @@ import polars as pl
 import pytest
 from jax.sharding import PartitionSpec
 from safetensors.numpy import load_file
-from tables import letters, tiny_llama
+from tables import held, letters, tiny_llama
 from test_hosts import free_port, together
 
 from pluralprefs import backbone as module
@@ -101,7 +101,7 @@ def some_batches(**options) -> TokenBatches:
     rows = Comparisons(*pairs, numbers / 101, numbers < 0, ids, ids, ids, ids, 0 * numbers, 0 * numbers + 1)
     index = np.arange(30)
     sizes = {"budget": 700, "max_length": 64, "seed": 5} | options
-    return TokenBatches(rows, Item(embedding=None, index=index), texts, None, **sizes)
+    return TokenBatches(rows, Item(embedding=None, index=index), held(texts), None, **sizes)
 
 
 def test_every_pair_occurs_once_an_epoch_within_the_budget_beside_its_own_texts():
@@ -115,7 +115,8 @@ def test_every_pair_occurs_once_an_epoch_within_the_budget_beside_its_own_texts(
         for side in (batch.first, batch.second):
             sizes = side.embedding.mask.sum(1)
             wanted = [
-                len(found.responses[item].ids) if w else 0 for item, w in zip(side.index, batch.weight, strict=True)
+                len(found.responses.held[item].ids) if w else 0
+                for item, w in zip(side.index, batch.weight, strict=True)
             ]
             np.testing.assert_array_equal(sizes, wanted)
     full = np.mean([batch.weight.sum() for batch in epoch])

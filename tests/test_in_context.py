@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,6 +11,7 @@ import pytest
 from families import rows
 from record_decoders import FIXTURES, example_tokens, save_tokenizer
 
+from pluralprefs.encoders.cache import Shards
 from pluralprefs.encoders.decoder_weights import read_decoder
 from pluralprefs.encoders.in_context import (
     Prompter,
@@ -153,6 +156,40 @@ def test_a_policy_that_is_its_reference_is_indifferent_and_swapping_flips_h(deco
     smooth = jax.vmap(Logistic.init(label_smoothing=0.2))(score(found), found)
     expected = 0.9 * np.logaddexp(0, -0.25 * toward) + 0.1 * np.logaddexp(0, 0.25 * toward)
     np.testing.assert_allclose(smooth, expected, rtol=1e-5)
+
+
+def test_references_are_kept_by_model_and_window_and_read_again(decoder, tmp_path):
+    graphdef, params = decoder
+    log_probability = decoder_log_probability(graphdef)
+    asked = partial(reference_log_probabilities, log_probability, folder=tmp_path)
+    plain = reference_log_probabilities(log_probability, params, [pairs(), pairs()])
+    kept = asked(params, [pairs(), pairs()])
+    np.testing.assert_array_equal(kept, plain)
+    [own] = tmp_path.iterdir()
+    [file] = own.glob("*.safetensors")
+    shards = Shards(own, 2)
+    [(keys, said)] = shards.read()
+    assert len(keys) == 4  # windows, each once
+    file.unlink()
+    shards.write(keys[1:], said[1:] - 100)  # what is read can be told from what is computed, and one is missing
+    again = asked(params, [pairs().replace(first=padded_by(pairs().first, 3), second=padded_by(pairs().second, 3))])
+    np.testing.assert_allclose(again[0], plain[0], atol=1e-4)  # a batch with something new is computed whole
+    read = asked(params, [pairs()])
+    assert (np.sort(read[0].T - plain[0].T, axis=0)[:, 0] < -99).sum() == 3
+    other = asked(jax.tree.map(lambda x: 1.1 * x, params), [pairs()])
+    assert np.abs(other[0] - plain[0]).max() > 0.01
+    half = decoder_log_probability(graphdef, columns=4)  # another program with the same parameters
+    reference_log_probabilities(half, params, [pairs()], folder=tmp_path)
+    assert len(list(tmp_path.iterdir())) == 3
+    file.parent.joinpath("broken.safetensors").write_bytes(b"cut")
+    with pytest.warns(UserWarning, match="damaged"):
+        asked(params, [pairs()])
+
+
+def padded_by(tokens, more: int):
+    """The same windows with more padding on the left."""
+    wide = {name: np.pad(np.asarray(getattr(tokens, name)), ((0, 0), (more, 0))) for name in ("ids", "mask", "segment")}
+    return tokens.replace(**wide, prompt_end=np.asarray(tokens.prompt_end) + more)
 
 
 def test_an_implicit_reward_needs_a_ratio_and_a_positive_beta():

@@ -32,7 +32,7 @@ experiment = Experiment(
 ENCODER = """
 RATES = {{name: partial(optax.sgd, learning_rate=0.2) for name in ("backbone", "head")}}
 experiment = Experiment(
-    data=partial(comparisons.read, os.environ["FOLDER"] + "/rows.jsonl"), name="low", shots=(0,), draws=1, refit=False,
+    data={data}, name="low", shots=(0,), draws=1, refit=False,
     encoder=partial(encoders.load, os.environ["FOLDER"] + "/llama", max_length=16), controls=False,
     backbone=Backbone(optimizers=RATES, epochs=6, batch_tokens=128, packed=True, warmup=0.0, {options}),
     **FAMILIES["individual"] | {{"users": Pooled(levels=(), gain=False, cross_fit=None)}},
@@ -47,6 +47,7 @@ import orbax.checkpoint as ocp
 from pluralprefs import backbone, encoders, training
 from pluralprefs.backbone import Backbone
 from pluralprefs.data import comparisons
+from pluralprefs.data.parts import read_parts
 from pluralprefs.encoders.lora import Lora
 from pluralprefs.experiment import FAMILIES, Experiment
 from pluralprefs.models.low_rank import LowRank
@@ -64,10 +65,19 @@ if "KILL" in os.environ:
 
     ocp.StandardCheckpointHandler.async_save = save
 """
+ONE_FILE = 'partial(comparisons.read, os.environ["FOLDER"] + "/rows.jsonl")'
+PARTS = 'partial(read_parts, os.environ["FOLDER"] + "/part-*.jsonl")'
 MAIN = "from pluralprefs.cli import main; main()"
 TELLING = """
 import jax
+from pluralprefs.data import comparisons
 from pluralprefs.train import CheckpointStore
+
+def read_frame(path, plain=comparisons.read_frame, **options):
+    print("reads", path, flush=True)
+    return plain(path, **options)
+
+comparisons.read_frame = read_frame
 
 def restore(self, *given, plain=CheckpointStore.restore, **named):
     step = self.latest()
@@ -79,8 +89,8 @@ CheckpointStore.restore = restore
 """
 KINDS = {
     "family": FAMILY,
-    "full": ENCODER.format(options='lora=None, mesh={"fsdp": 2}'),
-    "lora": ENCODER.format(options="lora=Lora(rank=2), accumulate=2"),
+    "full": ENCODER.format(options='lora=None, mesh={"fsdp": 2}', data=ONE_FILE),
+    "lora": ENCODER.format(options="lora=Lora(rank=2), accumulate=2", data=PARTS),  # each reads its own files
 }
 KILLED_AT = {"family": 11, "full": 7, "lora": 7}  # saves
 
@@ -130,11 +140,19 @@ def differences(ours: Path, theirs: Path) -> dict[str, float]:
     return found | {name: float((a[name] - b[name]).abs().max()) for name in numbers}
 
 
+def files(said: str) -> list[str]:
+    """The names of the data files that a process has read."""
+    return [Path(line.removeprefix("reads ")).name for line in said.splitlines() if line.startswith("reads ")]
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     path = tmp_path_factory.mktemp("hosts")
     write(path / "data.jsonl", users=11)
     letters(path / "rows.jsonl")
+    rows = (path / "rows.jsonl").read_text("utf8").splitlines()
+    for number, part in enumerate((rows[:25], rows[25:32], rows[32:])):
+        (path / f"part-{number}.jsonl").write_text("\n".join(part), "utf8")
     tiny_llama(path / "llama")
     for name, text in KINDS.items():
         (path / f"{name}.py").write_text(BEGINNING + text)
@@ -153,7 +171,9 @@ def test_two_processes_killed_in_a_save_and_resumed_end_as_if_nothing_had_happen
     for name, value in where.items():
         monkeypatch.setenv(name, value)
     file = folder / f"{kind}.py"
-    together(train(file, "--root", tmp_path / "whole", processes=2), **where)
+    said = together(train(file, "--root", tmp_path / "whole", processes=2), **where)
+    if kind == "lora":
+        assert [files(text) for text in said] == [["part-0.jsonl", "part-2.jsonl"], ["part-1.jsonl"]]
     whole = only(tmp_path / "whole")
     assert not (whole / "checkpoints").exists()
 
@@ -164,7 +184,7 @@ def test_two_processes_killed_in_a_save_and_resumed_end_as_if_nothing_had_happen
 
     said = together(train(broken, "--resume", processes=2), **where)
     assert said[0].splitlines()[-1] == str(broken)
-    assert not [line for line in said[1].splitlines() if not line.startswith("[Gloo]")]
+    assert not [line for line in said[1].splitlines() if not line.startswith(("[Gloo]", "reads"))]
     assert f"goes on from {broken}/checkpoints" in said[0]
     assert set(differences(broken, whole).values()) == {0.0}
     mesh = ["--set", "backbone.mesh={}"] if kind == "full" else []

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from record_decoders import FIXTURES, save_tokenizer
+from tables import held
 
 from pluralprefs import encoders
 from pluralprefs.backbone import Backbone, encoding_loss
@@ -41,7 +42,8 @@ def some(kind: type[TokenBatches] = PackedBatches, *, pairs: int = 101, prompts:
     texts = [Rendered([*range(100 * at, 100 * at + size)], [0] * size, 0) for at, size in enumerate(range(0, 60, 2))]
     asked = [Rendered([at] * (1 + at % 7), [0] * (1 + at % 7), 0) for at in range(30)] if prompts else None
     rows = rows_of(draw.integers(0, 30, (2, pairs)).astype(np.int32))
-    return kind(rows, Item(embedding=None, index=np.arange(30)), texts, asked, **SIZES | options)
+    prompted = None if asked is None else held(asked)
+    return kind(rows, Item(embedding=None, index=np.arange(30)), held(texts), prompted, **SIZES | options)
 
 
 def spelled(batch, side: str, part: str = "embedding") -> list[list[int]]:
@@ -63,9 +65,9 @@ def test_every_pair_stands_once_an_epoch_in_one_row_beside_its_own_texts():
         real = batch.comparisons.weight > 0
         for side in ("first", "second"):
             items = getattr(batch.comparisons, side).index[real]
-            assert spelled(batch, side) == [found.responses[item].ids for item in items]
+            assert spelled(batch, side) == [found.responses.held[item].ids for item in items]
         assert spelled(batch, "first", "prompt") == [
-            found.prompts[item].ids for item in batch.comparisons.first.index[real]
+            found.prompts.held[item].ids for item in batch.comparisons.first.index[real]
         ]
         for row, mask in zip(batch.rows.segment, batch.rows.mask, strict=True):
             assert (np.diff(row[mask]) >= 0).all()  # a text is one piece
@@ -78,7 +80,7 @@ def test_packing_leaves_less_padding_than_buckets():
     # Pairs of which no two fit a row of the longest one's length get longer rows.
     texts = [Rendered([1] * size, [0] * size, 0) for size in (50, *[30] * 9)]
     rows = rows_of(np.stack([np.arange(400) % 10, np.arange(400) % 10]).astype(np.int32))
-    found = PackedBatches(rows, Item(embedding=None), texts, None, **SIZES | {"budget": 4000})
+    found = PackedBatches(rows, Item(embedding=None), held(texts), None, **SIZES | {"budget": 4000})
     assert found.layout.length == 448
     assert found.padding < 0.15  # of which the last batch is a part
     assert replace(found, budget=200).layout.length == 112
@@ -135,7 +137,7 @@ def pair_of_batches(prompts: bool) -> list[TokenBatches]:
     texts = [Rendered(draw.integers(3, 48, size).tolist(), [0] * size, 0) for size in (0, 1, *draw.integers(2, 16, 10))]
     asked = [texts[(5 * at + 7) % 12] for at in range(12)] if prompts else None
     rows = rows_of(np.stack([np.arange(12), (np.arange(12) + 2) % 12]).astype(np.int32))
-    shared = (rows, Item(embedding=None, index=np.arange(12)), texts, asked)
+    shared = (rows, Item(embedding=None, index=np.arange(12)), held(texts), asked and held(asked))
     return [kind(*shared, budget=budget, max_length=16, seed=0) for kind, budget in KINDS]
 
 

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from pluralprefs.encoders.attributes import AttributeEncoder
     from pluralprefs.encoders.bert import BertEncoder
     from pluralprefs.encoders.causal import CausalEncoder
+    from pluralprefs.encoders.stacked import StackedEncoder
 
 __all__ = ["load"]
 
@@ -29,7 +30,7 @@ def load(
     dtype: Any = "float32",
     mesh: Mapping[str, int] | None = None,
     remat: str | None = None,
-) -> BertEncoder | CausalEncoder | AttributeEncoder:
+) -> BertEncoder | CausalEncoder | AttributeEncoder | StackedEncoder:
     """Load an encoder: "minilm", a folder, a Hugging Face id (`owner/name`) or "attributes".
 
     The model's type (config.json) decides whether it is read as a BERT or as a decoder, whose embedding of a text is
@@ -40,7 +41,8 @@ def load(
     `joint` embeds prompt and response together instead of the response alone; `prompt` adds an embedding of the prompt
     to every item. `pooling` ("mean" or "cls"; of a decoder "last" or "mean") and `normalise` default to what the model
     was published with, `max_length` (tokens) to 256 or the model's positions where it has fewer. The encoder of
-    `attributes` comes back without columns: call its `fit`. Raises `weights.EncoderError`.
+    `attributes` comes back without columns: call its `fit`. A folder of adapters (`encoders.stacked`) gives what was
+    saved there, with no options. Raises `weights.EncoderError`.
     """
     if str(name) == "attributes":
         from pluralprefs.encoders.attributes import AttributeEncoder
@@ -49,6 +51,12 @@ def load(
     from pluralprefs.encoders import weights
 
     folder = weights.find(name)
+    if (folder / weights.ADAPTERS).is_file():
+        from pluralprefs.encoders.stacked import StackedEncoder
+
+        if joint or prompt or mesh or remat or (pooling, normalise, max_length) != (None, None, None):
+            raise weights.EncoderError(f"{folder}: adapters are read as they were trained: give no other options")
+        return StackedEncoder.load(folder, load)
     from pluralprefs.encoders import bert, causal
 
     path = folder / "config.json"

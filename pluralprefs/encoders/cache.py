@@ -26,17 +26,18 @@ from collections.abc import Collection, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cache as memoise
+from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
 import polars as pl
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Int
 
 from pluralprefs.encoders.attributes import AttributeEncoder
 from pluralprefs.encoders.tokens import Rendered, Renderer, Text, bucket, pad
 from pluralprefs.encoders.weights import EncoderError
-from pluralprefs.hosts import whole
+from pluralprefs.hosts import exchanged, gathered, own_rows, whole
 from pluralprefs.types import Item, Tokens
 
 if TYPE_CHECKING:
@@ -78,6 +79,41 @@ def encode_items(items: pl.DataFrame, encoder: Any, *, cache: Cache = None, prog
     embedding = encode_texts(encoder, texts, cache=cache, progress=progress)
     prompt = encode_texts(encoder, prompts, cache=cache, progress=progress) if encoder.prompt else None
     return Item(embedding=embedding, prompt=prompt)  # pyright: ignore[reportArgumentType]
+
+
+def encode_together(items: pl.DataFrame, encoder: Any, *, cache: Cache = None, progress: Show = True) -> Item:
+    """The same by all processes of a run: each encodes a share of the texts that it has, and all get all features."""
+    import jax
+
+    if isinstance(encoder, AttributeEncoder) or hasattr(encoder, "fit"):
+        return encode_items(items, encoder, cache=cache, progress=progress)
+    own = own_rows(known_texts(items))
+    found = encode_items(items[own], encoder, cache=cache, progress=progress)
+    return jax.tree.map(lambda part: gathered(part, own, items.height), found)
+
+
+def known_texts(items: pl.DataFrame) -> Bool[np.ndarray, " items"]:
+    """Which responses of an item table this process has in words (`data.parts`)."""
+    return items["text"].is_not_null().to_numpy()
+
+
+def require_texts(items: pl.DataFrame, what: str) -> None:
+    """Raise EncoderError, on every process, where one lacks texts that another has."""
+    known = known_texts(items)
+    if len(set(exchanged(known.tobytes()))) > 1:
+        raise EncoderError(f"{what} have to be known to each process: read them with data.comparisons.read, not in "
+                           "parts, or use one process")  # fmt: skip
+
+
+def fetch_texts(items: pl.DataFrame, rows: Int[np.ndarray, " rows"]) -> pl.DataFrame:
+    """The item table with the prompts and responses at `rows` in words on every process."""
+    asked = np.zeros(items.height, bool)
+    asked[rows] = True
+    own = own_rows(known_texts(items))
+    sent, out = items.select("prompt", "text").with_row_index("row")[own[asked[own]]], BytesIO()
+    sent.write_ipc(out)
+    found = pl.concat([pl.read_ipc(BytesIO(part)) for part in exchanged(out.getvalue())])
+    return items.with_row_index("row").update(found, on="row").drop("row")
 
 
 def item_texts(items: pl.DataFrame, encoder: TextEncoder) -> tuple[list[Text], list[Text]]:
@@ -153,8 +189,10 @@ class Shards:
             write_whole(folder / "encoder.json", identity.encode())
         return cls(folder, encoder.dim)
 
-    def read(self, wanted: Collection[bytes]) -> Iterator[tuple[list[bytes], Float[np.ndarray, "rows dim"]]]:
-        """Yield keys and rows of every sound shard that holds a wanted text; remove the damaged."""
+    def read(
+        self, wanted: Collection[bytes] | None = None
+    ) -> Iterator[tuple[list[bytes], Float[np.ndarray, "rows dim"]]]:
+        """Yield keys and rows of every sound shard that holds a wanted text (None: of all); remove the damaged."""
         from safetensors import SafetensorError
 
         for path in sorted(self.folder.glob("*.safetensors")):
@@ -169,13 +207,13 @@ class Shards:
             if shard:
                 yield shard
 
-    def _read(self, path: Path, wanted: Collection[bytes]) -> tuple[list[bytes], np.ndarray] | None:
+    def _read(self, path: Path, wanted: Collection[bytes] | None) -> tuple[list[bytes], np.ndarray] | None:
         from safetensors import safe_open
 
         with safe_open(path, framework="numpy") as file:
             names = file.get_tensor("keys")
             keys = [row.tobytes() for row in names]
-            if not any(key in wanted for key in keys):
+            if wanted is not None and not any(key in wanted for key in keys):
                 return None
             features, checksum = file.get_tensor("features"), (file.metadata() or {}).get("checksum")
         if features.shape != (len(keys), self.dim) or _checksum(names, features) != checksum:
@@ -215,7 +253,7 @@ def encode_new(
     batch_tokens = batch_tokens or _batch_tokens()
     keys, begun = list(texts), time.monotonic()
     done: list[tuple[bytes, np.ndarray]] = []
-    with _bar(len(keys), progress) as bar:
+    with progress_bar(len(keys), progress) as bar:
         task = bar.add_task("encoding texts", total=len(keys))
         for start in range(0, len(keys), SLAB):
             slab = keys[start : start + SLAB]
@@ -283,7 +321,8 @@ def _scratch(rows: int, dim: int, shards: Shards | None) -> np.ndarray:
         return np.memmap(file, np.float32, mode="w+", shape=(rows, dim))
 
 
-def _bar(count: int, progress: Show) -> AbstractContextManager[Progress]:
+def progress_bar(count: int, progress: Show) -> AbstractContextManager[Progress]:
+    """A bar on standard error where that is a terminal and `count` is large; "always" shows it anyway."""
     from rich.console import Console
     from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
 

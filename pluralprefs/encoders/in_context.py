@@ -16,8 +16,11 @@ The order of the shots is the caller's, oldest first. It can change a prediction
 
 from __future__ import annotations
 
+import hashlib
+import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -26,6 +29,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float
 
+from pluralprefs.encoders.cache import SHARD_ROWS, SHARD_SECONDS, Shards
 from pluralprefs.encoders.tokens import Content, Rendered, Renderer, Text, pad, plain
 from pluralprefs.encoders.weights import EncoderError
 from pluralprefs.types import Comparisons, Item, Tokens
@@ -202,8 +206,56 @@ def encode_pairs(
 
 
 def reference_log_probabilities(
-    log_probability: LogProbability, params: Any, batches: Iterable[Comparisons[Tokens]]
+    log_probability: LogProbability, params: Any, batches: Iterable[Comparisons[Tokens]], *, folder: Path | None = None
 ) -> list[Float[np.ndarray, "2 rows"]]:
-    """What the reference says of every batch, computed once: float32, of first and second responses."""
+    """What the reference says of every batch, computed once: float32, of first and second responses.
+
+    With a `folder` it is kept there, by model and window: what was computed before a kill, or for another training with
+    the same reference, is read. The model is known by its parameters and by the program that they go through.
+    """
     compiled = jax.jit(log_probability)
-    return [np.asarray(compiled(params, both(rows))).reshape(2, -1) for rows in batches]
+    shards = None if folder is None else _kept(folder, log_probability, params)
+    known = {} if shards is None else {key: row for keys, rows in shards.read() for key, row in zip(keys, rows)}  # noqa: B905
+    found, new, saved = [], dict[bytes, np.ndarray](), time.monotonic()
+    for rows in batches:
+        keys = [] if shards is None else _window_keys(rows)
+        if not keys or not all(key in known for key in keys):
+            said = np.asarray(compiled(params, both(rows)), np.float32).reshape(2, -1)
+            fresh = {key: row for key, row in zip(keys, said.T, strict=True) if key not in known} if keys else {}
+            known |= fresh
+            new |= fresh
+        else:
+            said = np.stack([known[key] for key in keys], axis=1)
+        found.append(said)
+        if shards and new and (len(new) >= SHARD_ROWS or time.monotonic() - saved > SHARD_SECONDS):
+            shards.write(list(new), np.stack(list(new.values())))
+            new, saved = {}, time.monotonic()
+    if shards and new:
+        shards.write(list(new), np.stack(list(new.values())))
+    return found
+
+
+def _kept(folder: Path, log_probability: LogProbability, params: Any) -> Shards:
+    """Where the log-probabilities of a model are kept."""
+    like: Any = jax.ShapeDtypeStruct((1, SHORTEST), np.int32)
+    tokens = Tokens(like, jax.ShapeDtypeStruct((1, SHORTEST), bool), like, jax.ShapeDtypeStruct((1,), np.int32))  # pyright: ignore[reportArgumentType]
+    digest = hashlib.sha256(jax.jit(log_probability).lower(params, tokens).as_text().encode())
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        digest.update(jax.tree_util.keystr(path).encode() + np.ascontiguousarray(leaf).tobytes())
+    own = folder / f"reference-{digest.hexdigest()[:32]}"
+    own.mkdir(parents=True, exist_ok=True)
+    return Shards(own, 2)
+
+
+def _window_keys(rows: Comparisons[Tokens]) -> list[bytes]:
+    """Sixteen bytes a row that name what is read: both responses with their prompts, whatever the padding."""
+    keys = []
+    for at in range(len(rows.first.ids)):
+        digest = hashlib.blake2b(digest_size=16)
+        for side in (rows.first, rows.second):
+            real = np.asarray(side.mask[at])
+            read = [np.asarray(side.ids[at])[real], np.asarray(side.segment[at])[real]]
+            end = int(side.prompt_end[at]) - int(np.argmax(real))  # from the first token that is read
+            digest.update(np.array([real.sum(), end], np.int64).tobytes() + np.stack(read).astype(np.int64).tobytes())
+        keys.append(digest.digest())
+    return keys

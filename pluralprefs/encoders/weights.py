@@ -20,6 +20,7 @@ MINILM_VERSION = "0.1.0"
 MINILM_REPOSITORY = "sentence-transformers/all-MiniLM-L6-v2"
 MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 WEIGHTS = "model.safetensors"
+ADAPTERS = "adapters.safetensors"  # in a folder of its own: `encoders.stacked`
 DATA_FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.txt", "*.jinja"]
 OTHER_FORMATS = ["consolidated*", "original/*"]  # the same weights once more, under names that nothing here reads
 
