@@ -35,7 +35,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import polars as pl
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Float
 
 from pluralprefs.encoders.cache import encode_items, fetch_texts
@@ -44,7 +44,7 @@ from pluralprefs.encoders.lora import FACTORS, Lora, attach, factor_rules, join,
 from pluralprefs.encoders.text import Packed, TextEncoder, encode, require_packing
 from pluralprefs.encoders.weights import EncoderError
 from pluralprefs.fitting import Rows, strangers, take
-from pluralprefs.hosts import agreed, everywhere, here, placed, whole
+from pluralprefs.hosts import agreed, everywhere, here, placed, spread, whole
 from pluralprefs.registry.files import load_arrays, save_arrays
 from pluralprefs.sharding import (
     BATCH_AXES,
@@ -203,14 +203,17 @@ def train_backbone(
     numpy arrays; `users` is the size of the user table trained along, 0 for a population alone. The parameters are
     those after the epoch that predicts the validation rows best, the last where there are none. `checkpoints` is a
     folder that belongs to this very training, from which it continues to the same bits, or, on another mesh, up to
-    rounding. Several processes train one encoder together, which each then has whole, on its own devices; all have to
-    see `checkpoints`. `report(epochs done, epochs, loss)` is called after each epoch. Raises FloatingPointError where a
-    loss is not finite, ValueError where the mesh does not divide the batches of a checkpoint.
+    rounding. Several processes train one encoder together, which each then has whole, on its own devices, or, where it
+    was read onto a mesh of all, in part; all have to see `checkpoints`. `report(epochs done, epochs, loss)` is called
+    after each epoch. Raises FloatingPointError where a loss is not finite, ValueError where the mesh does not divide
+    the batches of a checkpoint, or is not the one that the encoder was read onto.
     """
     started = begun(backbone, encoder)
     several = jax.process_count() > 1
     mesh = make_mesh(**dict[str, Any](backbone.mesh)) if backbone.mesh or several else None
-    if not several:  # of several processes each reads its texts with an encoder of its own
+    together = not several or spread(encoder.params)  # else each process reads its texts with an encoder of its own
+    _require_mesh(encoder, mesh)
+    if together:
         started = started.replace(params=_placed(started.params, mesh))
     flat = rows.replace(community=np.full_like(rows.community, -1))
     flat = flat if users else strangers(flat)
@@ -258,7 +261,22 @@ def train_backbone(
     sizes = {"trained_parameters": _count(trained), "frozen_parameters": _count(frozen)}
     notes = {"epochs": int(best["epochs"]), "steps": int(state.step), "padding": batches.padding, **sizes}
     notes |= {"validation_nll": float(best["nats"])} if len(validation.target) else {}
-    return applied(backbone, encoder, found, None if several else mesh), found, notes
+    return applied(backbone, encoder, found, mesh if together else None), found, notes
+
+
+def _mesh_of(encoder: TextEncoder) -> Any:
+    """The mesh that an encoder was read onto; None where it is on one device."""
+    places = (getattr(leaf, "sharding", None) for leaf in jax.tree.leaves(encoder.params))
+    return next((place.mesh for place in places if isinstance(place, NamedSharding) and place.mesh.size > 1), None)
+
+
+def _require_mesh(encoder: TextEncoder, mesh: Mesh | None) -> None:
+    """Raise ValueError where an encoder is spread over processes in another way than it is to be trained."""
+    own = _mesh_of(encoder)
+    if spread(encoder.params) and own != mesh:
+        sizes = [dict(one.shape) if one is not None else {} for one in (own, mesh)]
+        raise ValueError(f"the encoder was read onto a mesh of {sizes[0]}, and is to be trained on {sizes[1]}: give "
+                         "backbone.mesh and the encoder's mesh the same sizes")  # fmt: skip
 
 
 def begun(backbone: Backbone, encoder: Any) -> TextEncoder:
@@ -274,6 +292,8 @@ def applied(backbone: Backbone, encoder: Any, found: Mapping[str, Any], mesh: Me
     Raises EncoderError for parameters that the encoder does not have.
     """
     started = begun(backbone, encoder)
+    if mesh is None and spread(started.params):
+        mesh = _mesh_of(started)
     names = {leaf_name(path): leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(started.params)}
     for name, leaf in found.items():
         if names.get(name) != leaf.shape:
@@ -285,7 +305,7 @@ def applied(backbone: Backbone, encoder: Any, found: Mapping[str, Any], mesh: Me
         new = np.asarray(found[name]) if name in found else leaf.astype(backbone.frozen_dtype)
         if mesh is None and len(leaf.sharding.device_set) == 1:
             return jnp.asarray(new)
-        return jax.device_put(new, to if mesh else leaf.sharding)  # else where the encoder was read
+        return placed(new, to if mesh else leaf.sharding)  # else where the encoder was read
 
     places = shard_rules(started.params, mesh, RULES) if mesh else started.params
     params = jax.tree_util.tree_map_with_path(place, started.params, places)

@@ -107,6 +107,11 @@ def whole(tree: Any) -> Any:
     return jax.tree.map(lambda leaf: leaf if _known(leaf) else process_allgather(leaf, tiled=True), tree)
 
 
+def spread(tree: Any) -> bool:
+    """Whether a tree has arrays of which this process holds a part: what uses them has to be asked by all."""
+    return not all(_known(leaf) for leaf in jax.tree.leaves(tree))
+
+
 def here(tree: Any) -> Any:
     """What is `everywhere` as arrays of this process alone, which may meet others of its own."""
     return tree if jax.process_count() == 1 else jax.tree.map(lambda leaf: jax.numpy.asarray(np.asarray(leaf)), tree)

@@ -49,7 +49,7 @@ from pluralprefs.run import Run, load, save_seed, save_shared
 from pluralprefs.training import Report, Together
 
 CHECKPOINTS = "checkpoints"  # in a run folder that is not done
-MESH = "backbone.mesh"  # what a resumed run may have otherwise
+MESHES = ("backbone.mesh", "encoder.mesh")  # what a resumed run may have otherwise
 NOT_COPIED = (CHECKPOINTS, "params", "vocabulary.json", "items.safetensors", "support-*", "users.safetensors", ".*")
 LOSSES = {"seed": pl.Int64, "training": pl.Int64, "epoch": pl.Int64, "loss": pl.Float64}
 
@@ -123,14 +123,16 @@ def go_on(
     Seeds that were fitted are kept; a seed that was being trained by gradient goes on from its last checkpoint and ends
     as if nothing had happened: to the same bits on as many processes and devices, up to rounding on others. A run that
     is done is returned as it is. `vmap=False` goes on with a seed at a time where a run in one program failed: one
-    seed's loss that is not finite stops all. `overrides` may give another mesh, "backbone.mesh={...}", and nothing
-    else. Raises DataError where the data have changed, RegistryError where several processes do not all see the folder.
+    seed's loss that is not finite stops all. `overrides` may give other meshes, "backbone.mesh={...}" and
+    "encoder.mesh={...}", and nothing else. Raises DataError where the data have changed, RegistryError where several
+    processes do not all see the folder.
     """
     tell = tell or (lambda _: None)
     for assignment in overrides:
         name = assignment.split("=")[0].strip()
-        if name != MESH and not name.startswith(f"{MESH}."):
-            raise DescriptionError(f"{assignment!r}: a run is resumed as it was recorded, only {MESH} may be another")
+        if not any(name == mesh or name.startswith(f"{mesh}.") for mesh in MESHES):
+            raise DescriptionError(f"{assignment!r}: a run is resumed as it was recorded, only {' and '.join(MESHES)} "
+                                   "may be another")  # fmt: skip
     seen = shared(Path(path))
     if seen is None:
         raise RegistryError(f"{path}: several processes resume a run whose folder all of them see: name the same one "

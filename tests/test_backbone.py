@@ -208,12 +208,6 @@ def test_no_device_holds_the_whole_of_what_a_mesh_divides(folder, data, monkeypa
             assert leaf.ndim < 2 or leaf.addressable_shards[0].data.size < leaf.size
 
 
-def test_several_processes_take_no_mesh_to_read_an_encoder_onto(folder, monkeypatch):
-    monkeypatch.setattr(jax, "process_count", lambda: 2)
-    with pytest.raises(EncoderError, match="or give one process all devices"):
-        encoders.load(folder / "llama", mesh={"fsdp": 2})
-
-
 @pytest.mark.slow
 def test_two_processes_train_the_encoder_that_one_trains(folder, tmp_path):
     program = """
@@ -226,25 +220,52 @@ def test_two_processes_train_the_encoder_that_one_trains(folder, tmp_path):
             hosts.connect(who[0], 2, int(who[1]))
         sys.path.insert(0, "tests")
         from test_backbone import SMALL, read, save_backbone, trained
+        import jax
+        import numpy as np
         from pluralprefs import encoders
-        encoder = encoders.load(Path(folder) / "llama", max_length=16, prompt=True)
-        asked = replace(SMALL, batch_tokens=1024, epochs=3, mesh={mesh: 2} if who else {})
+        from pluralprefs.encoders.cache import encode_texts
+        spread, mesh = mesh == "spread", mesh.replace("spread", "fsdp")
+        sizes = {mesh: 2} if who else {}
+        encoder = encoders.load(Path(folder) / "llama", max_length=16, prompt=True, mesh=sizes if spread else None)
+        asked = replace(SMALL, batch_tokens=1024, epochs=3, mesh=sizes)
+        if spread:
+            try:
+                trained(replace(asked, mesh={"data": 2}), encoder, read(Path(folder)))
+            except ValueError as error:
+                assert "give backbone.mesh and the encoder's mesh the same sizes" in str(error)
+            else:
+                raise AssertionError
         (after, found, notes), losses = trained(asked, encoder, read(Path(folder)), validation=range(20))
+        for one in (encoder, after):
+            matrices = [leaf for leaf in jax.tree.leaves(one.params) if leaf.ndim == 2]
+            halves = [leaf.addressable_shards[0].data.size * 2 == leaf.size for leaf in matrices]
+            assert all(halves) if spread else not any(halves)  # whole on each process, or nowhere
+        cache = Path(out).parent / f"{mesh}-{jax.process_index()}"
+        if hosts.writes():  # what one cache holds and another lacks
+            encode_texts(encoders.load(Path(folder) / "llama", max_length=16), ["a b", "c"], cache=cache)
+        texts = encode_texts(encoder.replace(prompt=False), ["c", "a b", "d e"], cache=cache if spread else False)
+        print("texts", *np.asarray(texts).ravel()[::7])
         if hosts.writes():
             save_backbone(Path(out), encoder, found)
         print("found", after.weights, notes["validation_nll"], *losses)
     """
     command, files = [sys.executable, "-c", textwrap.dedent(program), str(folder)], {}
     said = {}
-    for mesh in ("one", "data", "fsdp"):
+    texts = {}
+    for mesh in ("one", "data", "fsdp", "spread"):
         files[mesh] = tmp_path / f"{mesh}.safetensors"
         coordinator = f"127.0.0.1:{free_port()}"
         who = [[]] if mesh == "one" else [[coordinator, "0"], [coordinator, "1"]]
         lines = together([[*command, str(files[mesh]), mesh, *each] for each in who])
-        said[mesh] = [next(line for line in text.splitlines() if line.startswith("found")).split() for text in lines]
+        said[mesh], texts[mesh] = (
+            [next(line for line in text.splitlines() if line.startswith(word)).split() for text in lines]
+            for word in ("found", "texts")
+        )
     one = [float(number) for number in said["one"][0][2:]]
     assert one[-1] < one[1] - 0.05
-    for mesh in ("data", "fsdp"):
+    for mesh in ("data", "fsdp", "spread"):
+        assert texts[mesh][0] == texts[mesh][1]
+        np.testing.assert_allclose(*[[float(n) for n in texts[each][0][1:]] for each in (mesh, "one")], atol=1e-4)
         assert said[mesh][0] == said[mesh][1]  # both hold the same weights
         np.testing.assert_allclose([float(number) for number in said[mesh][0][2:]], one, rtol=1e-4)
         found = load_file(files[mesh])

@@ -175,7 +175,7 @@ def test_train_runs_some_of_a_file_with_seeds_and_settings_and_repeats_a_run(tmp
     assert other != run
     assert pl.read_parquet(other / "predictions.parquet").equals(pl.read_parquet(run / "predictions.parquet"))
     assert "nothing to resume" in call("train", run, "--resume").output
-    assert "only backbone.mesh may" in call("train", run, "--resume", "--set", "users.rounds=1").stderr
+    assert "only backbone.mesh and encoder.mesh may" in call("train", run, "--resume", "--set", "users.rounds=1").stderr
     for mistake in (("--only", "none"), ("--set", "users.roundz=1"), ("--seeds", "a")):
         wrong = call("train", tmp_path / "experiments.py", *mistake, "--root", root)
         assert wrong.exit_code == 2

@@ -33,7 +33,7 @@ ENCODER = """
 RATES = {{name: partial(optax.sgd, learning_rate=0.2) for name in ("backbone", "head")}}
 experiment = Experiment(
     data={data}, name="low", shots=(0,), draws=1, refit=False,
-    encoder=partial(encoders.load, os.environ["FOLDER"] + "/llama", max_length=16), controls=False,
+    encoder=partial(encoders.load, os.environ["FOLDER"] + "/llama", max_length=16{read}), controls=False,
     backbone=Backbone(optimizers=RATES, epochs=6, batch_tokens=128, packed=True, warmup=0.0, {options}),
     **FAMILIES["individual"] | {{"users": Pooled(levels=(), gain=False, cross_fit=None)}},
 )
@@ -89,10 +89,12 @@ CheckpointStore.restore = restore
 """
 KINDS = {
     "family": FAMILY,
-    "full": ENCODER.format(options='lora=None, mesh={"fsdp": 2}', data=ONE_FILE),
-    "lora": ENCODER.format(options="lora=Lora(rank=2), accumulate=2", data=PARTS),  # each reads its own files
+    "full": ENCODER.format(options='lora=None, mesh={"fsdp": 2}', data=ONE_FILE, read=""),
+    # Weights that no process reads whole.
+    "spread": ENCODER.format(options='lora=None, mesh={"fsdp": 2}', data=PARTS, read=', mesh={"fsdp": 2}'),
+    "lora": ENCODER.format(options="lora=Lora(rank=2), accumulate=2", data=PARTS, read=""),  # each its own files
 }
-KILLED_AT = {"family": 11, "full": 7, "lora": 7}  # saves
+KILLED_AT = {"family": 11, "full": 7, "spread": 7, "lora": 7}  # saves
 
 
 def train(*arguments: object, processes: int = 1) -> list[list[str]]:
@@ -172,7 +174,7 @@ def test_two_processes_killed_in_a_save_and_resumed_end_as_if_nothing_had_happen
         monkeypatch.setenv(name, value)
     file = folder / f"{kind}.py"
     said = together(train(file, "--root", tmp_path / "whole", processes=2), **where)
-    if kind == "lora":
+    if kind in ("lora", "spread"):
         assert [files(text) for text in said] == [["part-0.jsonl", "part-2.jsonl"], ["part-1.jsonl"]]
     whole = only(tmp_path / "whole")
     assert not (whole / "checkpoints").exists()
@@ -187,7 +189,8 @@ def test_two_processes_killed_in_a_save_and_resumed_end_as_if_nothing_had_happen
     assert not [line for line in said[1].splitlines() if not line.startswith(("[Gloo]", "reads"))]
     assert f"goes on from {broken}/checkpoints" in said[0]
     assert set(differences(broken, whole).values()) == {0.0}
-    mesh = ["--set", "backbone.mesh={}"] if kind == "full" else []
+    mesh = ["--set", "backbone.mesh={}"] if kind in ("full", "spread") else []
+    mesh += ["--set", "encoder.mesh={}"] if kind == "spread" else []
     said = together(train(alone, "--resume", *mesh), **where)
     assert f"goes on from {alone}/checkpoints" in said[0]
     together(train(file, "--root", tmp_path / "one", *mesh), **where)

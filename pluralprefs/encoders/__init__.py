@@ -35,8 +35,9 @@ def load(
 
     The model's type (config.json) decides whether it is read as a BERT or as a decoder, whose embedding of a text is
     the hidden state of the last token. `mesh` and `remat` are of decoders: the sizes of `sharding.make_mesh`, onto
-    which the weights are read, each device its part, and what is computed again for the gradient (`decoder.REMAT`);
-    several processes take no mesh, and what was fitted with one is loaded on as many devices.
+    which the weights are read, each device its part, and what is computed again for the gradient (`decoder.REMAT`).
+    What was fitted with a mesh is loaded on as many devices. On a mesh of several processes all read texts together;
+    without, each has an encoder of its own.
 
     `joint` embeds prompt and response together instead of the response alone; `prompt` adds an embedding of the prompt
     to every item. `pooling` ("mean" or "cls"; of a decoder "last" or "mean") and `normalise` default to what the model
@@ -66,13 +67,8 @@ def load(
         raise weights.EncoderError(f"{path}: model_type {kind!r} is not one of {known}")
     options = {"pooling": pooling, "normalise": normalise, "joint": joint, "prompt": prompt, "max_length": max_length}
     if kind in causal.MODEL_TYPES:
-        import jax
-
         from pluralprefs.sharding import make_mesh
 
-        if mesh and jax.process_count() > 1:
-            raise weights.EncoderError("mesh: of several processes each reads texts with an encoder of its own: leave "
-                                       "it out, or give one process all devices (--processes 1)")  # fmt: skip
         place = make_mesh(**dict[str, Any](mesh)) if mesh else None
         return causal.CausalEncoder.load(folder, **options, dtype=dtype, mesh=place, remat=remat)
     if mesh or remat:

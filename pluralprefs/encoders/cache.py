@@ -37,7 +37,7 @@ from jaxtyping import Bool, Float, Int
 from pluralprefs.encoders.attributes import AttributeEncoder
 from pluralprefs.encoders.tokens import Rendered, Renderer, Text, bucket, pad
 from pluralprefs.encoders.weights import EncoderError
-from pluralprefs.hosts import exchanged, gathered, own_rows, whole
+from pluralprefs.hosts import exchanged, gathered, own_rows, spread, whole
 from pluralprefs.types import Item, Tokens
 
 if TYPE_CHECKING:
@@ -82,10 +82,16 @@ def encode_items(items: pl.DataFrame, encoder: Any, *, cache: Cache = None, prog
 
 
 def encode_together(items: pl.DataFrame, encoder: Any, *, cache: Cache = None, progress: Show = True) -> Item:
-    """The same by all processes of a run: each encodes a share of the texts that it has, and all get all features."""
+    """The same by all processes of a run: each encodes a share of the texts that it has, and all get all features.
+
+    With an encoder that is spread over their devices they encode all texts together.
+    """
     import jax
 
     if isinstance(encoder, AttributeEncoder) or hasattr(encoder, "fit"):
+        return encode_items(items, encoder, cache=cache, progress=progress)
+    if spread(encoder):  # no process can encode alone
+        items = fetch_texts(items, np.arange(items.height))
         return encode_items(items, encoder, cache=cache, progress=progress)
     own = own_rows(known_texts(items))
     found = encode_items(items[own], encoder, cache=cache, progress=progress)
@@ -149,6 +155,9 @@ def encode_texts(
         _put(features, places, keys, rows)
         for key in keys:
             missing.pop(key, None)
+    if spread(encoder):  # what one cache lacks all compute
+        lacking = {sent[at : at + 16] for sent in exchanged(b"".join(missing)) for at in range(0, len(sent), 16)}
+        missing = {key: rows for key, rows in places.items() if key in lacking}
     todo = {key: whole[rows[0]] for key, rows in missing.items()}
     for keys, rows in encode_new(encoder, todo, batch_tokens, progress):
         if shards:
