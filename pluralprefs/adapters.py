@@ -27,7 +27,7 @@ from pluralprefs.data.batches import Vocabulary, index_rows, item_table
 from pluralprefs.data.comparisons import DataError
 from pluralprefs.data.ids import stable_hash
 from pluralprefs.encoders.lora import Lora, attach, split
-from pluralprefs.encoders.stacked import TOGETHER, StackedEncoder, is_factor
+from pluralprefs.encoders.stacked import TOGETHER, StackedEncoder, is_factor, require_no_prompt
 from pluralprefs.encoders.text import TextEncoder
 from pluralprefs.encoders.tokens import bucket
 from pluralprefs.encoders.weights import EncoderError
@@ -65,15 +65,16 @@ def train_adapters(
     """
     if not isinstance(encoder, TextEncoder):
         raise EncoderError("adapters: this encoder has no weights to adapt; give a text encoder")
+    require_no_prompt(encoder)
     if by not in table.columns:
         raise DataError(f"no column {by!r} to take names from; the table has {', '.join(table.columns)}")
-    names = sorted(map(str, table[by].drop_nulls().unique()))
+    column = table[by].cast(pl.Utf8)
+    names = sorted(column.drop_nulls().unique())
     if not names:
         raise DataError(f"column {by!r} is empty: there is nobody to train an adapter for")
     items = item_table(table)
     rows = index_rows(table, items, NOBODY)
     batches = TokenBatches.render(encoder, items, _bare(items), rows, budget=1, seed=seed)
-    column = table[by].cast(pl.Utf8)
     own = {name: np.flatnonzero((column == name).fill_null(False).to_numpy()) for name in names}
     parts = []
     for start in range(0, len(names), together):

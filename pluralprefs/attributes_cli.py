@@ -216,9 +216,10 @@ def _adapted(
 
         found = train_adapters(encoders.load(encoder), table, "attribute", lora=Lora(rank=rank), steps=steps, seed=seed,
                                report=report)  # fmt: skip
-    found.save(folder / "adapters", encoder)
-    say(f"{len(found.names)} adapters written to {folder / 'adapters'}")
-    return str(folder / "adapters")
+    place = (folder / f"adapters-{found.digest[:12]}").resolve()  # those that a run was fitted with stay
+    found.save(place, encoder)
+    say(f"{len(found.names)} adapters written to {place}")
+    return str(place)
 
 
 @attributes_app.command(epilog="Example: pluralprefs attributes embed my.jsonl")

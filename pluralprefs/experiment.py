@@ -22,17 +22,18 @@ import optax
 import polars as pl
 
 from pluralprefs.adapt import laplace_user, stepped_user
-from pluralprefs.attributes.source import AttributeSource, Predicted, checked
+from pluralprefs.attributes.source import AttributeSource, Predicted, Stored, checked
 from pluralprefs.backbone import BACKBONE, Backbone, restore_backbone, save_backbone, train_backbone
 from pluralprefs.baselines import artefact_log_odds, length_only, majority_of_others, prediction_rows
 from pluralprefs.data import batches, splits
+from pluralprefs.data.validation import TEXTS
 from pluralprefs.encoders import load as load_encoder
 from pluralprefs.encoders.attributes import AttributeEncoder
-from pluralprefs.encoders.cache import encode_items, encode_together, known_texts
+from pluralprefs.encoders.cache import encode_items, encode_together, known_texts, require_texts
 from pluralprefs.encoders.features import Features, append
 from pluralprefs.evaluate import SEEN, UNSEEN, Adapter
 from pluralprefs.fitting import Fitted, Rows, take
-from pluralprefs.hosts import divided, gathered, own_rows
+from pluralprefs.hosts import all_or_none, divided, exchanged, gathered, own_rows, require_same
 from pluralprefs.inferring import KNOTS, fit_inferred
 from pluralprefs.likelihoods import Logistic, pooled_mean, user_tail
 from pluralprefs.models.attribute_attention import AttributeAttention
@@ -237,6 +238,8 @@ def encode(
     """Encode the items and append the feature columns, both fitted on the items of training rows."""
     known = items["item_id"].is_in(_training_items(table)).to_numpy()
     if hasattr(encoder, "fit"):
+        if not isinstance(encoder, AttributeEncoder):
+            require_texts(items, f"encoder: the texts that {type(encoder).__name__} learns from")
         encoder = encoder.fit(items, items.filter(known)["item_key"])
     item = encode_together(items, encoder, progress=progress)
     maps = None
@@ -285,6 +288,8 @@ def _source(experiment: Experiment, table: pl.DataFrame, items: pl.DataFrame) ->
         return None
     source: Any = experiment.attributes()
     if hasattr(source, "fit"):
+        if not isinstance(source, AttributeEncoder):
+            require_texts(items, f"attributes: the texts that {type(source).__name__} learns from")
         known = items.filter(pl.col("item_id").is_in(_training_items(table)))
         source = type(source).fit(items, known["item_key"])
     return checked(source)
@@ -332,10 +337,15 @@ def attach(source: Any, items: pl.DataFrame, features: Item) -> Item:
 
 def _attached(source: Any, items: pl.DataFrame, features: Item) -> Item:
     """The same by all processes of a run, of which each may have some texts only."""
+    if isinstance(source, (Stored, AttributeEncoder)):  # which read no texts
+        return attach(source, items, features)
     if not isinstance(source, Predicted):
+        require_texts(items, f"attributes: the texts that {type(source).__name__} may read")
         return attach(source, items, features)
     own = own_rows(known_texts(items))
-    values, mask = (gathered(part, own, items.height) for part in source.attributes(items[own]))
+    with all_or_none():
+        read = source.attributes(items[own])
+    values, mask = (gathered(part, own, items.height) for part in read)
     return features.replace(attributes=jnp.asarray(values), attribute_mask=jnp.asarray(mask))
 
 
@@ -548,15 +558,30 @@ def baseline_predictions(table: pl.DataFrame, seed: int) -> pl.DataFrame:
 def fingerprint(table: pl.DataFrame, unlabelled: Sequence[str] = ()) -> str:
     """SHA-256 of every column of the judgements and of the unlabelled responses, whatever the order of either."""
     ordered = table.select(sorted(table.columns))
-
-    def digests(own: np.ndarray) -> np.ndarray:
-        lines = ("\t".join(map(repr, row)) for row in ordered[own].iter_rows())
-        found = b"".join(hashlib.sha256(line.encode()).digest() for line in lines)
-        return np.frombuffer(found, np.uint8).reshape(-1, 32)
-
-    lines = sorted(row.tobytes() for row in divided(ordered["first"].is_not_null().to_numpy(), digests))
+    digests = divided(ordered["first"].is_not_null().to_numpy(), lambda own: _row_digests(ordered[own]))
+    lines = sorted(row.tobytes() for row in digests)
     lines += sorted(hashlib.sha256(text.encode()).digest() for text in unlabelled)
     return hashlib.sha256(b"".join(lines)).hexdigest()
+
+
+def require_same_rows(table: pl.DataFrame) -> None:
+    """Raise ValueError on every process where they do not hold the same judgements, and the same texts of those rows
+    of which they all have the texts (`data.parts`)."""
+    texts = [name for name in TEXTS if name in table.columns]
+    rest = table.drop(texts)
+    require_same(f"{rest.schema} {hashlib.sha256(_row_digests(rest).tobytes()).hexdigest()}")
+    known = table["first"].is_not_null()
+    own = hashlib.sha256(_row_digests(table.filter(known).select(texts)).tobytes()).digest()
+    sent = exchanged(hashlib.sha256(known.to_numpy().tobytes()).digest() + own)
+    several = len({said[:32] for said in sent}) < len(set(sent))  # the same rows with other texts
+    require_same(str(jax.process_index()) if several else "")
+
+
+def _row_digests(table: pl.DataFrame) -> np.ndarray:
+    """SHA-256 of every row, [rows, 32] bytes."""
+    lines = ("\t".join(map(repr, row)) for row in table.iter_rows())
+    found = b"".join(hashlib.sha256(line.encode()).digest() for line in lines)
+    return np.frombuffer(found, np.uint8).reshape(-1, 32)
 
 
 def summary_line(fitted: Fitted) -> str:

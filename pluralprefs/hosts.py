@@ -13,18 +13,19 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
-from jaxtyping import Bool, Int, Shaped
+from jaxtyping import Bool, Int, Shaped, UInt8
 
 from pluralprefs.sharding import BATCH_AXES, make_mesh, replicated
 
-SLAB = 2**26  # bytes of a process that are sent at a time: they pass through a device's memory
+SLAB = 2**26  # bytes that are sent at a time, of all processes: they pass through the memory of each device
 
 
 def connect(coordinator: str | None = None, processes: int | None = None, process: int | None = None) -> None:
@@ -145,24 +146,33 @@ def own_rows(known: Bool[np.ndarray, " rows"]) -> Int[np.ndarray, " own"]:
     """
     if jax.process_count() == 1:
         return np.arange(len(known))
-    masks = np.stack([unpacked(found, len(known)) for found in exchanged(np.packbits(known).tobytes())])
-    return np.flatnonzero(workers(masks) == jax.process_index())
+    require_same(f"{len(known)} rows")
+    sent = exchanged(np.packbits(known).tobytes())
+    masks = [np.frombuffer(bits, np.uint8) for bits in sent]
+    return np.flatnonzero(workers(masks, len(known)) == jax.process_index())
 
 
-def unpacked(bits: bytes, rows: int) -> Bool[np.ndarray, " rows"]:
-    """A mask from its bits."""
-    return np.unpackbits(np.frombuffer(bits, np.uint8), count=rows).astype(bool)
+def workers(masks: Sequence[UInt8[np.ndarray, " bytes"]], rows: int) -> Int[np.ndarray, " rows"]:
+    """The process of each row, from which rows each process knows, as packed bits.
 
-
-def workers(known: Bool[np.ndarray, "processes rows"]) -> Int[np.ndarray, " rows"]:
-    """The process of each row, from who knows it.
-
-    >>> workers(np.array([[1, 1, 1, 0, 0], [1, 1, 0, 1, 0]], bool))
-    array([0, 1, 0, 1, 0])
+    >>> workers([np.packbits([1, 1, 1, 0, 0]), np.packbits([1, 1, 0, 1, 0])], rows=5)
+    array([0, 1, 0, 1, 0], dtype=int32)
     """
-    able = known | ~known.any(axis=0)
-    turn = np.arange(able.shape[1]) % able.sum(axis=0)
-    return np.argmax(np.cumsum(able, axis=0) == turn + 1, axis=0)
+
+    def known(process: int) -> Bool[np.ndarray, " rows"]:  # one at a time: there may be many processes and many rows
+        return np.unpackbits(masks[process], count=rows).astype(bool)
+
+    able = np.zeros(rows, np.int32)
+    for process in range(len(masks)):
+        able += known(process)
+    nobody = able == 0
+    turn = np.arange(rows, dtype=np.int32) % np.where(nobody, len(masks), able)
+    found, before = np.zeros(rows, np.int32), np.zeros(rows, np.int32)
+    for process in range(len(masks)):
+        can = known(process) | nobody
+        found[can & (before == turn)] = process
+        before += can
+    return found
 
 
 def divided(
@@ -174,7 +184,28 @@ def divided(
     See `own_rows` for who computes what. What `compute` makes of no rows must have the type and width of the others.
     """
     own = own_rows(known)
-    return gathered(compute(own), own, len(known))
+    with all_or_none():
+        found = compute(own)
+    return gathered(found, own, len(known))
+
+
+@contextmanager
+def all_or_none(kind: type[Exception] = RuntimeError) -> Iterator[None]:
+    """What a process does by itself, between what all do: where one fails all do, for they would wait for it.
+
+    The one that failed raises its own error, the others the same line as a `kind`.
+    """
+    own: Exception | None = None
+    try:
+        yield
+    except Exception as error:
+        own = error
+    line = "" if own is None else f"{own}" if isinstance(own, kind) else f"{type(own).__name__}: {own}"
+    told = [said.decode() for said in exchanged(line.encode())]
+    if own is not None:
+        raise own
+    if any(told):
+        raise kind(next(said for said in told if said))
 
 
 def gathered(values: np.ndarray, positions: np.ndarray, total: int) -> np.ndarray:
@@ -197,14 +228,13 @@ def exchanged(content: bytes) -> list[bytes]:
 
     long, rest = np.asarray(process_allgather(np.array(divmod(len(content), SLAB), np.int32))).reshape(-1, 2).T
     sizes = long.astype(np.int64) * SLAB + rest
-    raw, slabs = np.frombuffer(content, np.uint8), []
-    for start in range(0, int(sizes.max()), SLAB):
-        most = min(
-            SLAB, 2 ** (int(sizes.max()) - start - 1).bit_length()
-        )  # few lengths: a program is compiled for each
+    raw, slabs, slab = np.frombuffer(content, np.uint8), [], max(SLAB // len(sizes), 1)
+    for start in range(0, int(sizes.max()), slab):
+        left = int(sizes.max()) - start
+        most = min(slab, 2 ** (left - 1).bit_length())  # few lengths: a program is compiled for each
         part = raw[start : start + most]
         slabs.append(np.asarray(process_allgather(np.pad(part, (0, most - len(part))))).reshape(len(sizes), most))
-    return [b"".join(slab[process].tobytes() for slab in slabs)[:size] for process, size in enumerate(sizes)]
+    return [b"".join(part[process].tobytes() for part in slabs)[:size] for process, size in enumerate(sizes)]
 
 
 def agreed(values: Any) -> Any:

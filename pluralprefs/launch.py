@@ -36,6 +36,7 @@ from pluralprefs.experiment import (
     fingerprint,
     fit_seed,
     indexed,
+    require_same_rows,
     summary_line,
     support,
 )
@@ -89,10 +90,12 @@ def record(
     if not writes():  # its folder is thrown away, and may outlive a process that is killed: no people in it
         experiment = replace(experiment, save_users=False)
     found = indexed(experiment, table)
+    require_same_rows(found.table)  # before they compute anything together
+    require_same(str(describe(replace(experiment, save_users=False))))
     # An encoder that is trained needs the folder for its checkpoints; a frozen one is refused before there is one.
     prepared = None if experiment.backbone else featured(experiment, found, progress=progress)
     data = fingerprint(found.table, found.unlabelled)
-    require_same(f"{data} {describe(replace(experiment, save_users=False))}")
+    require_same(data)
     for note in found.notes:
         tell(note)
     folder = create(
@@ -154,8 +157,9 @@ def go_on(
     if isinstance(kept, Predicted):  # not those that the folder of predictors may hold by now
         experiment = replace(experiment, attributes=lambda: kept)
     found = indexed(experiment, table)
+    require_same_rows(found.table)  # or one would stop alone, and the others wait for it
     data = fingerprint(found.table, found.unlabelled)
-    require_same(data)  # or one would stop alone, and the others wait for it
+    require_same(data)
     if data != content["data_fingerprint"]:
         raise comparisons.DataError(f"{folder.path}: the data of {experiment.data_name!r} have changed since this run "
                                     "began: bring them back, or train again without --resume")  # fmt: skip

@@ -32,7 +32,8 @@ from pluralprefs.data.batches import take_rows
 from pluralprefs.encoders.cache import known_texts
 from pluralprefs.encoders.text import Packed, Span
 from pluralprefs.encoders.tokens import Rendered, Renderer, Text, bucket, pad
-from pluralprefs.hosts import exchanged, own_rows
+from pluralprefs.encoders.weights import EncoderError
+from pluralprefs.hosts import all_or_none, exchanged, gathered, own_rows
 from pluralprefs.types import Comparisons, Item, Tokens
 
 MULTIPLE = 16  # of which the length of a packed row is one
@@ -50,10 +51,11 @@ class Texts:
     def render(cls, renderer: Renderer, texts: Callable[[int], Text], table: pl.DataFrame, used: np.ndarray) -> Texts:
         """Render the text of every item of `used`, rows of an item table; of the others nothing."""
         own = used[own_rows(known_texts(table[used]))]
-        held = dict(zip(own.tolist(), renderer([texts(item) for item in own.tolist()]), strict=True))
+        with all_or_none(EncoderError):
+            held = dict(zip(own.tolist(), renderer([texts(item) for item in own.tolist()]), strict=True))
         sizes = np.zeros(table.height, np.int64)
         sizes[own] = [len(held[item].ids) for item in own.tolist()]
-        return cls(held, np.sum([np.frombuffer(part, np.int64) for part in exchanged(sizes.tobytes())], axis=0))
+        return cls(held, gathered(sizes[own], own, table.height))
 
     def fetch(self, items: Int[np.ndarray, " asked"]) -> dict[int, Rendered]:
         """The texts of items, which all processes have to ask for; items without one have an empty text."""

@@ -135,8 +135,10 @@ def test_one_adapter_is_an_encoder_of_its_own(stacked):
         stacked.select("absent")
 
 
-def test_adapters_are_kept_and_read_as_they_were_trained(stacked, folder, tmp_path):
-    stacked.save(tmp_path / "adapters", str(folder / "llama"))
+def test_adapters_are_kept_and_read_as_they_were_trained(stacked, folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(folder)
+    stacked.save(tmp_path / "adapters", "llama")
+    monkeypatch.chdir(tmp_path)
     again = encoders.load(tmp_path / "adapters")
     assert isinstance(again, StackedEncoder)
     assert again.identity == stacked.identity
@@ -146,7 +148,7 @@ def test_adapters_are_kept_and_read_as_they_were_trained(stacked, folder, tmp_pa
     np.testing.assert_array_equal(kept, encode_texts(stacked, texts, cache=False))
     np.testing.assert_array_equal(kept, encode_texts(stacked, texts, cache=tmp_path / "cache"))
     with pytest.raises(EncoderError, match="give no other options"):
-        encoders.load(tmp_path / "adapters", joint=True)
+        encoders.load(tmp_path / "adapters", dtype="bfloat16")
     config = folder / "llama" / "config.json"
     told = config.read_text("utf8")
     try:
@@ -167,12 +169,18 @@ def test_what_cannot_be_trained_is_an_error(encoder, folder, table, stacked):
         train_adapters(encoder, table, "annotator_id")
     with pytest.raises(EncoderError, match="no weights to adapt"):
         train_adapters(encoders.load("attributes"), table, "user_id")
-    with pytest.raises(EncoderError, match="without prompt=True"):
-        train_adapters(encoders.load(folder / "llama", prompt=True), table, "user_id", **SHORT | {"steps": 1})
+    with pytest.raises(EncoderError, match="without prompt=True"):  # before any step
+        train_adapters(encoders.load(folder / "llama", prompt=True), table, "user_id", **SHORT, report=pytest.fail)
     with pytest.raises(EncoderError, match="do not fit an encoder"):
         StackedEncoder.of(encoder, Lora(rank=3), stacked.names, stacked.factors, stacked.head)
     with pytest.raises(FloatingPointError, match=r"adapter of 'dislikes': loss .* lower learning_rate"):
         train_adapters(encoder, table, "user_id", **SHORT | {"learning_rate": 1e30})
+
+
+def test_names_may_be_numbers_or_truth_values(encoder, table):
+    numbers = table.head(8).with_columns(team=pl.Series([1, 1, 1, 1, 2, 2, 2, 2]), new=pl.Series([True, False] * 4))
+    assert train_adapters(encoder, numbers, "team", **SHORT | {"steps": 1}).names == ("1", "2")
+    assert train_adapters(encoder, numbers, "new", **SHORT | {"steps": 1}).names == ("false", "true")
 
 
 def test_training_tells_how_far_it_is(encoder, table):

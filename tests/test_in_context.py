@@ -186,6 +186,17 @@ def test_references_are_kept_by_model_and_window_and_read_again(decoder, tmp_pat
         asked(params, [pairs()])
 
 
+def test_windows_are_told_apart_by_both_responses_and_where_their_prompts_end(decoder, tmp_path):
+    graphdef, params = decoder
+    asked = partial(reference_log_probabilities, decoder_log_probability(graphdef), params, folder=tmp_path)
+    one = pairs()
+    swapped = one.replace(second=jax.tree.map(lambda x: x[::-1], one.second))
+    later = one.replace(first=one.first.replace(prompt_end=one.first.prompt_end + 1))
+    for batch in (one, swapped, later):
+        plain = reference_log_probabilities(decoder_log_probability(graphdef), params, [batch])
+        np.testing.assert_array_equal(asked([batch]), plain)
+
+
 def padded_by(tokens, more: int):
     """The same windows with more padding on the left."""
     wide = {name: np.pad(np.asarray(getattr(tokens, name)), ((0, 0), (more, 0))) for name in ("ids", "mask", "segment")}

@@ -13,14 +13,16 @@ import pytest
 from processes import as_processes
 from tables import letters, tiny_llama
 
-from pluralprefs import baselines, encoders, hosts
+from pluralprefs import baselines, encoders, experiment, hosts
+from pluralprefs.attributes.reading import SentenceEncoder
+from pluralprefs.attributes.source import Predicted
 from pluralprefs.data import comparisons, parts
 from pluralprefs.data.batches import index_rows, item_table, vocabulary
 from pluralprefs.data.comparisons import DataError
 from pluralprefs.data.parts import read_parts
-from pluralprefs.encoders.cache import encode_items, encode_together, fetch_texts, require_texts
+from pluralprefs.encoders.cache import encode_items, encode_together, fetch_texts
 from pluralprefs.encoders.weights import EncoderError
-from pluralprefs.experiment import fingerprint
+from pluralprefs.experiment import FAMILIES, Experiment, fingerprint, prepare, require_same_rows
 from pluralprefs.token_batches import PackedBatches, TokenBatches
 from pluralprefs.types import Item
 
@@ -134,12 +136,144 @@ def test_what_is_made_of_texts_is_what_one_process_makes(folder, whole, monkeypa
     assert read[0][0] + read[1][0] == len(np.unique([rows.first, rows.second]))  # each text is read once
 
 
-def test_sentences_need_all_texts_on_every_process(folder, whole, monkeypatch):
-    def work(process: int):
-        require_texts(item_table(whole), "all texts")
-        require_texts(item_table(read_parts(str(folder / "part-*.jsonl"))), "all texts")
+class Counts:
+    """An attribute source of a user's own, which reads texts."""
 
-    assert [type(found) for found in as_processes(2, work, monkeypatch)] == [EncoderError] * 2
+    names = ("length",)
+
+    def attributes(self, items: pl.DataFrame) -> tuple[np.ndarray, np.ndarray]:
+        lengths = np.array([len(text) for text in items["text"].to_list()], np.float32)
+        return lengths[:, None, None], np.ones((items.height, 1), bool)
+
+    def save(self, folder: Path, /) -> None: ...
+
+
+def some_experiment(folder: Path, **options) -> Experiment:
+    data, encoder = partial(read_parts, str(folder / "part-*.jsonl")), partial(encoders.load, folder / "llama")
+    shared = {"data": data, "encoder": encoder, "features": {"log_length": True}}
+    return Experiment(**FAMILIES["individual"] | shared | options)
+
+
+def test_an_experiment_is_prepared_in_parts_as_it_is_whole(folder, monkeypatch, tmp_path):
+    monkeypatch.setenv("PLURALPREFS_CACHE", str(tmp_path))
+    wanted = prepare(some_experiment(folder), progress=False)
+    for found in as_processes(2, lambda _: prepare(some_experiment(folder), progress=False), monkeypatch):
+        assert not isinstance(found, Exception), found
+        np.testing.assert_allclose(found.features.embedding, wanted.features.embedding, atol=1e-5)
+        assert found.features.embedding.shape[1] > found.encoder.dim  # the lengths, too
+
+
+@pytest.mark.parametrize("reader", ["source", "sentences"])
+def test_what_needs_all_texts_on_every_process_says_so(reader, folder, monkeypatch, tmp_path):
+    monkeypatch.setenv("PLURALPREFS_CACHE", str(tmp_path))
+    own = {"source": {"attributes": Counts},
+           "sentences": {"encoder": partial(SentenceEncoder.load, folder / "llama", anchors=4)}}  # fmt: skip
+    asked = some_experiment(folder, **own[reader])
+    prepare(asked, progress=False)  # one process has them
+    for found in as_processes(2, lambda _: prepare(asked, progress=False), monkeypatch):
+        assert isinstance(found, EncoderError)
+        assert "have to be known to each process" in str(found)
+
+
+def test_predicted_attributes_are_divided(folder, whole, monkeypatch):
+    read: list[int] = []
+
+    class Few:
+        names, width = ("one", "two"), 2
+
+        def read(self, texts, embed):
+            read.append(len(texts))
+            return np.array([[len(text), text.count("a")] for text in texts], np.float32)
+
+        def embeddings(self, features):
+            return np.stack([features, -features], axis=1)
+
+    items = item_table(whole)
+    source = Predicted(Few(), embed=np.asarray)
+    wanted = experiment._attached(source, items, Item(embedding=None))
+
+    def work(_: int) -> Item:
+        mine = item_table(read_parts(str(folder / "part-*.jsonl")))
+        return experiment._attached(source, mine, Item(embedding=None))
+
+    for found in as_processes(2, work, monkeypatch):
+        np.testing.assert_array_equal(found.attributes, wanted.attributes)
+        assert found.attribute_mask.all()
+    assert read[0] == items.height == read[1] + read[2]
+
+
+CHANGES = {
+    "targets": lambda table: table.with_columns(target=1 - pl.col("target")),
+    "a text": lambda table: table.with_columns(
+        first=pl.when(pl.int_range(pl.len()) == 3).then(pl.lit("z")).otherwise("first")
+    ),
+    "rows": lambda table: table.head(50),
+    "columns": lambda table: table.with_columns(more=pl.lit(1)),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_processes_with_different_data_are_told_so_before_they_compute_anything(change, whole, monkeypatch):
+    def work(process: int) -> None:
+        require_same_rows(CHANGES[change](whole) if process else whole)
+
+    for found in as_processes(2, work, monkeypatch):
+        assert isinstance(found, ValueError)
+        assert "different data or experiments" in str(found)
+
+
+def test_processes_with_the_same_rows_may_have_other_texts_of_them(folder, whole, monkeypatch):
+    pattern = str(folder / "part-*.jsonl")
+    assert as_processes(2, lambda _: require_same_rows(whole), monkeypatch) == [None, None]
+    assert as_processes(2, lambda _: require_same_rows(read_parts(pattern)), monkeypatch) == [None, None]
+    uneven = as_processes(2, lambda process: hosts.own_rows(np.ones(3 + process, bool)), monkeypatch)
+    assert [type(found) for found in uneven] == [ValueError, ValueError]
+
+
+def test_a_process_that_fails_by_itself_stops_all(folder, monkeypatch):
+    pattern = str(folder / "part-0.jsonl")  # of which the second process reads nothing
+    found = as_processes(2, lambda _: read_parts(pattern, promt="x"), monkeypatch)
+    assert [type(error) for error in found] == [TypeError, DataError]
+    assert "promt" in str(found[1])
+
+    def odd(own: np.ndarray) -> np.ndarray:
+        if 0 in own:
+            raise ZeroDivisionError("by nothing")
+        return own
+
+    found = as_processes(2, lambda _: hosts.divided(np.ones(4, bool), odd), monkeypatch)
+    assert [type(error) for error in found] == [ZeroDivisionError, RuntimeError]
+    assert str(found[1]) == "ZeroDivisionError: by nothing"
+
+
+def test_a_written_table_may_be_shuffled_and_split(whole, tmp_path):
+    order = [whole.height - 1, *range(whole.height - 1)]  # the second judgement of a pair comes first
+    comparisons.write(whole[order[:2]], tmp_path / "a.parquet")
+    comparisons.write(whole[order[2:]], tmp_path / "b.parquet")
+    found = read_parts(str(tmp_path / "*.parquet"))
+    assert found["example_id"].to_list() == whole["example_id"][order].to_list()
+
+
+def test_a_part_without_rows_is_none(tmp_path, monkeypatch):
+    say(tmp_path / "a.jsonl", row(first="b"))  # both responses are the same
+    (tmp_path / "b.jsonl").write_text("", "utf8")
+    say(tmp_path / "c.jsonl", row(prompt=[{"role": "user", "content": "tea?"}]))
+    files = str(tmp_path / "*.jsonl")
+    assert read_parts(files).height == 1
+    assert [table.height for table in as_processes(3, lambda _: read_parts(files), monkeypatch)] == [1, 1, 1]
+    (tmp_path / "c.jsonl").unlink()
+    for error in as_processes(2, lambda _: read_parts(files), monkeypatch):
+        assert isinstance(error, DataError)
+        assert "no file holds comparisons" in str(error)
+
+
+def test_columns_of_their_own_do_not_depend_on_the_number_of_processes(tmp_path, monkeypatch):
+    for name, more in zip("abc", ({"x": 1, "note": 1}, {"y": "s", "note": 2.5}, {"z": 2.5, "note": 3}), strict=True):
+        say(tmp_path / f"{name}.jsonl", row(first=name + "1") | more)
+    alone = read_parts(str(tmp_path / "*.jsonl"))
+    assert alone.columns[-4:] == ["x", "note", "y", "z"]
+    for found in as_processes(2, lambda _: read_parts(str(tmp_path / "*.jsonl")), monkeypatch):
+        assert found.drop(TEXTS).equals(alone.drop(TEXTS))
 
 
 MISTAKES = {
@@ -183,8 +317,8 @@ def test_processes_that_are_given_different_files_are_told_so(tmp_path, monkeypa
 
 def test_rows_are_divided_among_those_who_know_them_and_sent_in_slabs(monkeypatch):
     known = np.array([[1, 1, 1, 1, 0, 0], [1, 1, 0, 0, 1, 0], [0, 0, 0, 0, 0, 0]], bool)
-    assert hosts.workers(known).tolist() == [0, 1, 0, 0, 1, 2]
-    assert hosts.workers(np.ones((3, 7), bool)).tolist() == [0, 1, 2, 0, 1, 2, 0]
+    assert hosts.workers([np.packbits(one) for one in known], 6).tolist() == [0, 1, 0, 0, 1, 2]
+    assert hosts.workers([np.packbits(np.ones(7, bool))] * 3, 7).tolist() == [0, 1, 2, 0, 1, 2, 0]
     monkeypatch.setattr(hosts, "SLAB", 16)
     values = np.random.default_rng(0).normal(size=(6, 5))
     found = as_processes(3, lambda p: hosts.divided(known[p], lambda own: values[own]), monkeypatch)

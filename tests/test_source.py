@@ -227,7 +227,8 @@ def test_unlabelled_responses_teach_a_stand_in_and_test_responses_do_not(folder,
     def read(items, encoder, **_):
         return Item(embedding=letters(items["text"].to_list()))
 
-    monkeypatch.setattr(sys.modules["pluralprefs.experiment"], "encode_items", read)
+    for name in ("encode_items", "encode_together"):
+        monkeypatch.setattr(sys.modules["pluralprefs.experiment"], name, read)
     judged = comparisons.from_trl(judgements().drop("attr:x:first", "attr:x:second"))
     judged = judged.with_columns(fold=pl.lit("train"), cell=pl.lit("train"))
     words = ["tea", "nth", "queue", "rhythm", "area", "shh", "audio", "myth"]

@@ -22,7 +22,7 @@ import polars as pl
 
 from pluralprefs.attributes.sentences import kernel, read
 from pluralprefs.encoders import load
-from pluralprefs.encoders.cache import Cache, encode_texts, require_texts
+from pluralprefs.encoders.cache import Cache, encode_texts
 from pluralprefs.encoders.features import Features
 from pluralprefs.encoders.tokens import plain
 from pluralprefs.encoders.weights import EncoderError
@@ -72,8 +72,7 @@ class SentenceEncoder:
         return {**self.base.identity, "sentences": True, "anchors": self.anchors, "width": self.width}
 
     def fit(self, items: pl.DataFrame, train_item_keys: Iterable[Any]) -> SentenceEncoder:
-        """Choose the anchors among the sentences of the training items, whose texts every process has to have."""
-        require_texts(items, "encoder: the sentences of all training responses")
+        """Choose the anchors among the sentences of the training items."""
         known = items.filter(pl.col("item_key").is_in(list(train_item_keys)))
         maps = kernel(_texts(known), partial(encode_texts, self.base), self.width, self.anchors)
         return replace(self, maps=maps)

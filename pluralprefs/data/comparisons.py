@@ -63,7 +63,7 @@ def read_checked(
     named = {"prompt": prompt, "user": user, "community": community}
     if allow_empty and not raw.height:
         return check(pl.DataFrame(schema=SCHEMA), name=str(path), allow_empty=True)
-    return _import(raw, str(path), named, pseudonymise, salt, extract_prompt, labelled)
+    return _import(raw, str(path), named, pseudonymise, salt, extract_prompt, labelled, allow_empty)
 
 
 def from_trl(
@@ -90,6 +90,7 @@ def _import(
     salt: str,
     extract_prompt: bool,
     labelled: bool,
+    allow_empty: bool = False,
 ) -> Checked:
     if not raw.height:
         raise DataError(f"{name}: holds no comparisons; write one row a judgement")
@@ -99,7 +100,8 @@ def _import(
     for column in (c for c in raw.columns if pseudonymise and c in ("user_id", "annotator_id")):
         ids = as_column(raw[column], pl.Utf8, name).replace("", None)
         raw = raw.with_columns(map_unique(ids, lambda user: pseudonym(user, salt), pl.Utf8))
-    return check(to_first_second(raw, name, extract_prompt=extract_prompt, labelled=labelled), name=name)
+    table = to_first_second(raw, name, extract_prompt=extract_prompt, labelled=labelled)
+    return check(table, name=name, allow_empty=allow_empty)
 
 
 def write(table: pl.DataFrame, path: str | Path) -> None:

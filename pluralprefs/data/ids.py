@@ -76,8 +76,18 @@ def example_ids(table: pl.DataFrame, contents: pl.DataFrame) -> pl.Series:
 
     `contents` holds the content ids of prompt, first and second. The fold is not content: splitting renames nothing.
     """
-    parts = contents.with_columns(table[name].cast(pl.Utf8) for name in CONTENT)
-    key = parts.select(pl.concat_str(pl.all().fill_null("\x00"), separator="\x1f").alias("key"))
-    occurrence = key.select(pl.int_range(pl.len()).over("key").alias("occurrence"))["occurrence"]
-    ids = [content_id(f"{k}\x1f{n}") for k, n in zip(key["key"], occurrence, strict=True)]
+    key = example_keys(table, contents)
+    occurrence = key.to_frame().select(pl.int_range(pl.len()).over("key").alias("occurrence"))["occurrence"]
+    ids = [example_id(k, n) for k, n in zip(key, occurrence, strict=True)]
     return pl.Series("example_id", ids, dtype=pl.Utf8)
+
+
+def example_keys(table: pl.DataFrame, contents: pl.DataFrame) -> pl.Series:
+    """Return the content of every row as one text."""
+    parts = contents.with_columns(table[name].cast(pl.Utf8) for name in CONTENT)
+    return parts.select(pl.concat_str(pl.all().fill_null("\x00"), separator="\x1f").alias("key"))["key"]
+
+
+def example_id(key: str, occurrence: int) -> str:
+    """Return the id of a row by its content, and by how many rows of equal content stand before it."""
+    return content_id(f"{key}\x1f{occurrence}")

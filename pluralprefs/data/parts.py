@@ -9,8 +9,8 @@ that has them (`hosts.divided`). One process reads all files and lacks nothing.
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from glob import glob
 from io import BytesIO
 from pathlib import Path
@@ -21,13 +21,13 @@ import polars as pl
 
 from pluralprefs.data.comparisons import read
 from pluralprefs.data.files import DataError, shown
-from pluralprefs.data.ids import MESSAGES, content_ids, example_ids
+from pluralprefs.data.ids import MESSAGES, content_ids, example_id, example_keys
 from pluralprefs.data.validation import SCHEMA, TEXTS
-from pluralprefs.hosts import exchanged
+from pluralprefs.hosts import all_or_none, exchanged
 
-FILE, ROW, OWN_ID = "\x00file", "\x00row", "\x00own id"
+FILE, ROW = "\x00file", "\x00row"
 HASHES = [f"\x00{text}" for text in TEXTS]
-HERE = (FILE, ROW, OWN_ID, *HASHES)
+HERE = (FILE, ROW, *HASHES)
 
 
 def read_parts(files: str | Path | Sequence[str | Path], **options: Any) -> pl.DataFrame:
@@ -36,18 +36,22 @@ def read_parts(files: str | Path | Sequence[str | Path], **options: Any) -> pl.D
     `files` is a pattern ("data/part-*.parquet", whose files are taken in the order of their names) or the files
     themselves; all processes have to be given the same, and each opens its own alone. `options` are those of
     `comparisons.read`. The table is checked as the table of one file is: example ids and the texts behind ids may not
-    contradict each other across files. A judgement that several files hold, without an id, is there as often. Raises
-    DataError, on every process, for what is wrong in any file.
+    contradict each other across files. A judgement that several files hold, without an id, is there as often. A file
+    without rows is none. Raises DataError, on every process, for what is wrong in any file, and where no file has rows.
     """
     paths = _paths(files)
     own: list[pl.DataFrame] = []
-    with _together():
+    with all_or_none(DataError):
         for number in range(jax.process_index(), len(paths), jax.process_count()):
-            own.append(_marked(read(paths[number], **options), number))
-        sent = _packed(own, paths)
+            table = read(paths[number], **options | {"allow_empty": True})
+            if table.height:
+                own.append(_marked(table, number))
+        sent = _packed([table.drop(TEXTS) for table in own])
+    light = sorted((table for part in exchanged(sent) for table in _unpacked(part)), key=lambda table: table[FILE][0])
+    if not light:
+        raise DataError(f"{files}: no file holds comparisons of two different responses; give files that do")
     dtypes = _dtypes(own, paths)
-    light = _joined([pl.read_ipc(BytesIO(table)) for table in exchanged(sent) if table], paths)
-    found = _checked(light.sort(FILE, ROW), paths)
+    found = _checked(_joined(light, paths), paths)
     texts = [table.select(FILE, ROW, *TEXTS) for table in own]
     nobody = pl.DataFrame(schema={FILE: pl.Int32, ROW: pl.Int64} | dtypes)
     found = found.join(pl.concat([nobody, *texts]), on=[FILE, ROW], how="left", maintain_order="left")
@@ -56,43 +60,26 @@ def read_parts(files: str | Path | Sequence[str | Path], **options: Any) -> pl.D
 
 
 def _marked(table: pl.DataFrame, number: int) -> pl.DataFrame:
-    """A file's table with its number, the rows', whether ids of rows are those of contents, and hashes of texts."""
-    contents = pl.DataFrame([content_ids(table[text]) for text in TEXTS])
-    return table.with_columns(
-        pl.lit(number, pl.Int32).alias(FILE),
-        pl.int_range(pl.len(), dtype=pl.Int64).alias(ROW),
-        (table["example_id"] != example_ids(table, contents)).alias(OWN_ID),
-        *(contents[text].alias(name) for text, name in zip(TEXTS, HASHES, strict=True)),
-    )
-
-
-@contextmanager
-def _together() -> Iterator[None]:
-    """Raise the first DataError of any process on all, which would wait for ever for the one that stopped."""
-    problem = ""
-    try:
-        yield
-    except DataError as error:
-        problem = str(error)
-    for told in exchanged(problem.encode()):
-        if told:
-            raise DataError(told.decode())
+    """A file's table with its number, the rows', and hashes of texts."""
+    contents = [content_ids(table[text]).alias(name) for text, name in zip(TEXTS, HASHES, strict=True)]
+    row = pl.int_range(pl.len(), dtype=pl.Int64).alias(ROW)
+    return table.with_columns(pl.lit(number, pl.Int32).alias(FILE), row, *contents)
 
 
 def _paths(files: str | Path | Sequence[str | Path]) -> list[Path]:
     paths: list[Path] = []
-    with _together():
+    with all_or_none(DataError):
         if isinstance(files, (str, Path)):
-            paths = [Path(name) for name in sorted(glob(str(files)))]
+            paths = [Path(files)] if Path(files).is_file() else [Path(name) for name in sorted(glob(str(files)))]
             if not paths:
                 raise DataError(f"{files}: no such files; check the pattern")
         else:
             paths = [Path(name) for name in files]
             if not paths:
                 raise DataError("no files of comparisons are given; name at least one")
-        twice = next((path for at, path in enumerate(paths) if path in paths[:at]), None)
-        if twice is not None:
-            raise DataError(f"{twice}: is given twice; name each file once")
+        twice = [path for path, count in Counter(paths).items() if count > 1]
+        if twice:
+            raise DataError(f"{twice[0]}: is given twice; name each file once")
     names = exchanged(json.dumps([path.name for path in paths]).encode())
     if len(set(names)) > 1:
         counts = ", ".join(str(len(json.loads(each))) for each in names)
@@ -114,12 +101,22 @@ def _dtypes(own: list[pl.DataFrame], paths: list[Path]) -> dict[str, pl.DataType
     return {text: pl.Utf8() if here else MESSAGES for text, here in zip(TEXTS, plain, strict=True)}
 
 
-def _packed(own: list[pl.DataFrame], paths: list[Path]) -> bytes:
-    """All but the texts of these tables; of no tables nothing."""
-    out = BytesIO()
-    if own:
-        _joined([table.drop(TEXTS) for table in own], paths).write_ipc(out)
-    return out.getvalue()
+def _packed(tables: list[pl.DataFrame]) -> bytes:
+    """Tables as bytes, each behind its length."""
+    parts = []
+    for table in tables:
+        out = BytesIO()
+        table.write_ipc(out)
+        parts += [len(out.getvalue()).to_bytes(8, "big"), out.getvalue()]
+    return b"".join(parts)
+
+
+def _unpacked(sent: bytes) -> Iterator[pl.DataFrame]:
+    at = 0
+    while at < len(sent):
+        end = at + 8 + int.from_bytes(sent[at : at + 8], "big")
+        yield pl.read_ipc(BytesIO(sent[at + 8 : end]))
+        at = end
 
 
 def _joined(tables: list[pl.DataFrame], paths: list[Path]) -> pl.DataFrame:
@@ -146,13 +143,19 @@ def _checked(table: pl.DataFrame, paths: list[Path]) -> pl.DataFrame:
         raise DataError(f"{paths[item[FILE]]}: response {shown(item['item'])} of prompt {shown(item['prompt_id'])} is "
                         f"another text than in {paths[before]}; give each its own id, or leave the columns of ids "
                         "out")  # fmt: skip
+    ids = table["example_id"].to_list()
+    again = (~table["example_id"].is_first_distinct()).arg_true().to_list()
+    if not again:
+        return table
     contents = table.select(pl.col(name).alias(text) for text, name in zip(TEXTS, HASHES, strict=True))
-    own = pl.when(OWN_ID).then("example_id").otherwise(example_ids(table, contents))
-    table = table.with_columns(own.alias("example_id"))
-    twice = (~table["example_id"].is_first_distinct()).arg_true()
-    if len(twice):
-        name, file = table["example_id"][twice[0]], table[FILE][twice[0]]
-        before = table.filter(pl.col("example_id") == name)[FILE][0]
-        raise DataError(f"{paths[file]}: example_id {shown(name)} stands in {paths[before]} too; number the rows of "
-                        "all files together, or leave the column out")  # fmt: skip
-    return table
+    taken, keys = set(ids), example_keys(table, contents)
+    counts = Counter(keys)
+    for row in again:
+        mine = [example_id(keys[row], number) for number in range(counts[keys[row]])]
+        if ids[row] not in mine:  # it was given, and not taken from content
+            before = table[FILE][ids.index(ids[row])]
+            raise DataError(f"{paths[table[FILE][row]]}: example_id {shown(ids[row])} stands in {paths[before]} too; "
+                            "number the rows of all files together, or leave the column out")  # fmt: skip
+        ids[row] = next(name for name in mine if name not in taken)
+        taken.add(ids[row])
+    return table.with_columns(pl.Series("example_id", ids, dtype=pl.Utf8))

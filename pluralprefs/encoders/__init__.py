@@ -55,7 +55,7 @@ def load(
     if (folder / weights.ADAPTERS).is_file():
         from pluralprefs.encoders.stacked import StackedEncoder
 
-        if joint or prompt or mesh or remat or (pooling, normalise, max_length) != (None, None, None):
+        if joint or prompt or mesh or remat or (pooling, normalise, max_length, dtype) != (None, None, None, "float32"):
             raise weights.EncoderError(f"{folder}: adapters are read as they were trained: give no other options")
         return StackedEncoder.load(folder, load)
     from pluralprefs.encoders import bert, causal

@@ -37,7 +37,7 @@ from jaxtyping import Bool, Float, Int
 from pluralprefs.encoders.attributes import AttributeEncoder
 from pluralprefs.encoders.tokens import Rendered, Renderer, Text, bucket, pad
 from pluralprefs.encoders.weights import EncoderError
-from pluralprefs.hosts import exchanged, gathered, own_rows, spread, whole
+from pluralprefs.hosts import all_or_none, exchanged, gathered, own_rows, spread, whole
 from pluralprefs.types import Item, Tokens
 
 if TYPE_CHECKING:
@@ -94,7 +94,8 @@ def encode_together(items: pl.DataFrame, encoder: Any, *, cache: Cache = None, p
         items = fetch_texts(items, np.arange(items.height))
         return encode_items(items, encoder, cache=cache, progress=progress)
     own = own_rows(known_texts(items))
-    found = encode_items(items[own], encoder, cache=cache, progress=progress)
+    with all_or_none(EncoderError):
+        found = encode_items(items[own], encoder, cache=cache, progress=progress)
     return jax.tree.map(lambda part: gathered(part, own, items.height), found)
 
 
@@ -106,7 +107,7 @@ def known_texts(items: pl.DataFrame) -> Bool[np.ndarray, " items"]:
 def require_texts(items: pl.DataFrame, what: str) -> None:
     """Raise EncoderError, on every process, where one lacks texts that another has."""
     known = known_texts(items)
-    if len(set(exchanged(known.tobytes()))) > 1:
+    if len(set(exchanged(_hash(known.tobytes()).digest()))) > 1:
         raise EncoderError(f"{what} have to be known to each process: read them with data.comparisons.read, not in "
                            "parts, or use one process")  # fmt: skip
 

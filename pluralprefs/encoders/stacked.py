@@ -50,9 +50,7 @@ class StackedEncoder(Replaceable):
         cls, encoder: TextEncoder, lora: Lora, names: Sequence[str], factors: Any, head: Float[Array, "names dim"]
     ) -> StackedEncoder:
         """Put learned factors and heads on an encoder without adapters. Raises EncoderError where they do not fit."""
-        if encoder.prompt:
-            raise EncoderError("stacked adapters give a response one reward a name, and a prompt alone has none: load "
-                               "the encoder without prompt=True, or with joint=True")  # fmt: skip
+        require_no_prompt(encoder)
         frozen = attach(encoder, lora, jax.random.key(0))
         expected = {name: (len(names), *leaf.shape) for name, leaf in _named(factors_of(frozen)).items()}
         found = {name: leaf.shape for name, leaf in _named(factors).items()}
@@ -117,7 +115,8 @@ class StackedEncoder(Replaceable):
         """Write one safetensors file into a folder, which `encoders.load` then takes; `encoder` names the encoder."""
         from safetensors.numpy import save
 
-        base = self.frozen
+        base, folder_of_it = self.frozen, Path(encoder).expanduser()
+        encoder = str(folder_of_it.resolve()) if folder_of_it.is_dir() else encoder  # wherever it is read from
         options = {"joint": base.joint, "pooling": base.pooling, "normalise": base.normalise, "dtype": base.dtype}
         about = {"names": list(self.names), "lora": asdict(self.lora), "encoder": encoder, "digest": self.digest,
                  "options": options | {"max_length": base.renderer.max_length}}  # fmt: skip
@@ -145,6 +144,13 @@ class StackedEncoder(Replaceable):
             raise EncoderError(f"{path}: was trained on another encoder than {about['encoder']!r} is now: bring its "
                                "weights back, or train again")  # fmt: skip
         return found
+
+
+def require_no_prompt(encoder: TextEncoder) -> None:
+    """Raise EncoderError for an encoder that embeds prompts alone."""
+    if encoder.prompt:
+        raise EncoderError("stacked adapters give a response one reward a name, and a prompt alone has none: load "
+                           "the encoder without prompt=True, or with joint=True")  # fmt: skip
 
 
 def is_factor(name: str) -> bool:
