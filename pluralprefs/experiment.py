@@ -567,6 +567,8 @@ def fingerprint(table: pl.DataFrame, unlabelled: Sequence[str] = ()) -> str:
 def require_same_rows(table: pl.DataFrame) -> None:
     """Raise ValueError on every process where they do not hold the same judgements, and the same texts of those rows
     of which they all have the texts (`data.parts`)."""
+    if jax.process_count() == 1:
+        return
     texts = [name for name in TEXTS if name in table.columns]
     rest = table.drop(texts)
     require_same(f"{rest.schema} {hashlib.sha256(_row_digests(rest).tobytes()).hexdigest()}")

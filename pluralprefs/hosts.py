@@ -23,7 +23,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Bool, Int, Shaped, UInt8
 
-from pluralprefs.sharding import BATCH_AXES, make_mesh, replicated
+from pluralprefs.sharding import BATCH_AXES, make_mesh, replicated, shard_rules
 
 SLAB = 2**26  # bytes that are sent at a time, of all processes: they pass through the memory of each device
 
@@ -85,6 +85,14 @@ def everywhere(tree: Any) -> Any:
     """The same values on all devices of all processes, which must all have them."""
     place = all_devices()
     return tree if place is None else jax.tree.map(lambda leaf: _placed(leaf, place), tree)
+
+
+def tables_divided(tree: Any) -> Any:
+    """The same values `everywhere`, but for tables of users and communities, which all devices divide by rows.
+
+    A table whose rows the devices do not divide is copied. What was divided is asked for by `whole`.
+    """
+    return tree if jax.process_count() == 1 else placed(tree, shard_rules(tree, make_mesh()))
 
 
 def placed(tree: Any, places: Any) -> Any:

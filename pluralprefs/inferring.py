@@ -35,11 +35,11 @@ from scipy.sparse.csgraph import connected_components
 from pluralprefs.adapting import adapt_and_predict, adapt_units
 from pluralprefs.data.episodes import episode_epoch, episode_indices
 from pluralprefs.fitting import Fitted, Rows, gathered, padded, row_log_odds, strangers, take
-from pluralprefs.hosts import all_devices, everywhere
+from pluralprefs.hosts import everywhere
 from pluralprefs.models.residual import Residual
 from pluralprefs.pooling import Base, folds_by, validation_nats
 from pluralprefs.train import episode_loss, episode_nats, init_state, make_epoch_step, make_train_step
-from pluralprefs.training import Report, Training
+from pluralprefs.training import Report, Training, staying
 from pluralprefs.types import Episode, Item, Params, Reduction
 from pluralprefs.users import Pooled, Users
 
@@ -297,7 +297,7 @@ def _train(
 
     nats = None if held is None else partial(_held_out_nats, items, held_episodes(*held))
     epoch = make_epoch_step(make_train_step(episode_loss(reduction=reduction), optimizer))
-    step = jax.jit(epoch, out_shardings=all_devices())
+    step = staying(epoch)
     state = init_state(Params(family, (), likelihood), optimizer, jax.random.key(seed))
     [best] = Training(step, items, batch, nats, (epochs,), (report,))([state], rows, folder)
     if notes is not None:

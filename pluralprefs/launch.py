@@ -41,7 +41,7 @@ from pluralprefs.experiment import (
     support,
 )
 from pluralprefs.fitting import Fitted, take
-from pluralprefs.hosts import require_same, shared, writes
+from pluralprefs.hosts import all_or_none, require_same, shared, writes
 from pluralprefs.metrics import summarise
 from pluralprefs.profiles import SCHEMA, attribute_weights
 from pluralprefs.registry import RegistryError, RunFolder, create, open_run
@@ -89,7 +89,8 @@ def record(
     tell = tell or (lambda _: None)
     if not writes():  # its folder is thrown away, and may outlive a process that is killed: no people in it
         experiment = replace(experiment, save_users=False)
-    found = indexed(experiment, table)
+    with all_or_none(comparisons.DataError):
+        found = indexed(experiment, table)
     require_same_rows(found.table)  # before they compute anything together
     require_same(str(describe(replace(experiment, save_users=False))))
     # An encoder that is trained needs the folder for its checkpoints; a frozen one is refused before there is one.
@@ -156,7 +157,8 @@ def go_on(
     kept = restore_source(folder.path)
     if isinstance(kept, Predicted):  # not those that the folder of predictors may hold by now
         experiment = replace(experiment, attributes=lambda: kept)
-    found = indexed(experiment, table)
+    with all_or_none(comparisons.DataError):
+        found = indexed(experiment, table)
     require_same_rows(found.table)  # or one would stop alone, and the others wait for it
     data = fingerprint(found.table, found.unlabelled)
     require_same(data)

@@ -32,7 +32,7 @@ from jaxtyping import Array, Float
 
 from pluralprefs.data.batches import epoch, steps_per_epoch
 from pluralprefs.fitting import Rows, initial_root, row_log_odds, solve_level, strangers, updated_root
-from pluralprefs.hosts import agreed, all_devices, everywhere, here, split_rows
+from pluralprefs.hosts import agreed, all_devices, everywhere, here, split_rows, tables_divided, whole
 from pluralprefs.pooling import Base
 from pluralprefs.train import (
     CheckpointStore,
@@ -181,12 +181,26 @@ def _epoch_step(one_step: Any, transform: Callable[..., Any] | None, steps: Sequ
         changed = make_transformed_step(one_step, partial(transform, steps=steps)) if transform else one_step
         return make_epoch_step(changed)(state, batches)
 
-    place = all_devices()
     if len(steps) == 1:
-        return jax.jit(partial(run, steps=steps[0]), out_shardings=place)
-    together = jax.jit(jax.vmap(run, in_axes=(0, (None, 0), 0)), out_shardings=place)
+        return staying(partial(run, steps=steps[0]))
+    together = staying(jax.vmap(run, in_axes=(0, (None, 0), 0)))
     each = everywhere(jnp.asarray(steps))
     return lambda state, batches: together(state, batches, each)
+
+
+def staying(run: Any) -> Any:
+    """Jit a function whose first argument and first result are a state, which stays where it is."""
+    place = all_devices()
+    if place is None:
+        return jax.jit(run)
+    compiled: list[Any] = []
+
+    def stay(state: Any, *rest: Any) -> Any:
+        if not compiled:
+            compiled.append(jax.jit(run, out_shardings=(jax.tree.map(lambda leaf: leaf.sharding, state), place)))
+        return compiled[0](state, *rest)
+
+    return stay
 
 
 def stacked(trees: Sequence[Any]) -> Any:
@@ -222,10 +236,10 @@ class Training:
     def __call__(self, states: Sequence[TrainState], rows: Rows, folder: Path | None) -> list[_Best]:
         with closing(_Kept(folder, max(self.epochs))) as kept:
             done, state, best = kept.latest(states)
-            state, items = everywhere(state), everywhere(self.items)
+            state, items = tables_divided(state), everywhere(self.items)
             for number in range(done, max(self.epochs)):
                 state, losses = self._epoch(number, state, items, rows)
-                best = self._better(number + 1, here(state.params), best)
+                best = self._better(number + 1, here(whole(state.params)), best)
                 kept.save(number + 1, state, best)
                 for report, epochs, loss in zip(self.reports, self.epochs, losses, strict=True):
                     if report is not None and number < epochs:
@@ -234,8 +248,8 @@ class Training:
 
     def _epoch(self, number: int, state: TrainState, items: Item, rows: Rows) -> tuple[TrainState, list[float]]:
         if self.learn is not None and number in LEARN_STRENGTH:
-            learned = [self.learn(params, rows) for params in unstacked(here(state.params), len(self.epochs))]
-            state = state.replace(params=everywhere(stacked(learned)))
+            learned = [self.learn(params, rows) for params in unstacked(here(whole(state.params)), len(self.epochs))]
+            state = state.replace(params=tables_divided(stacked(learned)))
         state, metrics = self.step(state, (items, self.batch(number, rows)))
         losses = np.atleast_1d(np.asarray(jnp.mean(here(metrics["loss"]), axis=-1))).tolist()
         running = [loss for loss, epochs in zip(losses, self.epochs, strict=True) if number < epochs]
@@ -277,8 +291,8 @@ class _Kept:
         done = None if self.store is None else self.store.latest()
         if self.store is None or done is None:
             return 0, stacked(states), start
-        found = self.store.restore(everywhere(_leaves(stacked(states), start)))
-        found |= here({name: found[name] for name in ("best", "nats", "epochs")})
+        found = self.store.restore(tables_divided(_leaves(stacked(states), start)))
+        found |= here(whole({name: found[name] for name in ("best", "nats", "epochs")}))
         params = unstacked(found["best"], len(states))
         best = [_Best(float(nats), int(epochs), own)
                 for nats, epochs, own in zip(found["nats"], found["epochs"], params, strict=True)]  # fmt: skip
@@ -289,7 +303,7 @@ class _Kept:
         if self.store is None:
             return
         if done == self.epochs or agreed(time.monotonic() - self.saved >= CHECKPOINT_SECONDS):
-            self.store.save(done, everywhere(_leaves(state, best)))
+            self.store.save(done, tables_divided(_leaves(state, best)))
             self.saved = time.monotonic()
 
     def close(self) -> None:

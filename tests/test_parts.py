@@ -13,7 +13,7 @@ import pytest
 from processes import as_processes
 from tables import letters, tiny_llama
 
-from pluralprefs import baselines, encoders, experiment, hosts
+from pluralprefs import baselines, encoders, experiment, hosts, launch
 from pluralprefs.attributes.reading import SentenceEncoder
 from pluralprefs.attributes.source import Predicted
 from pluralprefs.data import comparisons, parts
@@ -244,6 +244,19 @@ def test_a_process_that_fails_by_itself_stops_all(folder, monkeypatch):
     found = as_processes(2, lambda _: hosts.divided(np.ones(4, bool), odd), monkeypatch)
     assert [type(error) for error in found] == [ZeroDivisionError, RuntimeError]
     assert str(found[1]) == "ZeroDivisionError: by nothing"
+
+
+def test_data_that_one_process_cannot_read_stop_all(whole, monkeypatch, tmp_path):
+    def data() -> pl.DataFrame:
+        if jax.process_index():
+            raise DataError("b.jsonl: row 1: is cut short")
+        return whole
+
+    asked = Experiment(**FAMILIES["individual"], data=data, data_name="d")
+    for error in as_processes(2, lambda _: launch.record(asked, root=tmp_path), monkeypatch):
+        assert isinstance(error, DataError)
+        assert str(error) == "b.jsonl: row 1: is cut short"
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_written_table_may_be_shuffled_and_split(whole, tmp_path):
