@@ -64,6 +64,7 @@ def named(tree) -> dict[str, np.ndarray]:
     return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 
+@pytest.mark.slow  # the quick one below compares a name with the plain step
 def test_side_by_side_each_learns_what_it_learns_alone(encoder, table):
     found = train_adapters(encoder, table, "user_id", **SHORT)
     assert found.names == ("dislikes", "few", "likes")
