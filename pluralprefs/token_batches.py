@@ -50,12 +50,14 @@ class Texts:
     @classmethod
     def render(cls, renderer: Renderer, texts: Callable[[int], Text], table: pl.DataFrame, used: np.ndarray) -> Texts:
         """Render the text of every item of `used`, rows of an item table; of the others nothing."""
-        own = used[own_rows(known_texts(table[used]))]
+        places = own_rows(known_texts(table[used]))
+        own = used[places]
         with all_or_none(EncoderError):
             held = dict(zip(own.tolist(), renderer([texts(item) for item in own.tolist()]), strict=True))
+        lengths = np.array([len(held[item].ids) for item in own.tolist()], np.int64)
         sizes = np.zeros(table.height, np.int64)
-        sizes[own] = [len(held[item].ids) for item in own.tolist()]
-        return cls(held, gathered(sizes[own], own, table.height))
+        sizes[used] = gathered(lengths, places, len(used))
+        return cls(held, sizes)
 
     def fetch(self, items: Int[np.ndarray, " asked"]) -> dict[int, Rendered]:
         """The texts of items, which all processes have to ask for; items without one have an empty text."""
