@@ -49,6 +49,7 @@ from pluralprefs.types import (
     Covariance,
     InfersUser,
     Item,
+    LeavesOpen,
     LinearInUser,
     ReducesItems,
     RewardModel,
@@ -280,14 +281,26 @@ def predict(
     def value(v: Float[Array, " size"]) -> Float[Array, ""]:
         return _row_log_odds(model, users, unravel(v), row)
 
+    beside = left_open(model, users, posterior, row)
     if posterior.covariance is None:
-        return value(vector), jnp.zeros(())
+        return value(vector), beside @ beside
     if isinstance(model, LinearInUser):
         mean, gradient = jax.value_and_grad(value)(vector)
-        return mean, variance(posterior.covariance, gradient)
+        return mean, variance(posterior.covariance, gradient) + beside @ beside
     steps = jnp.sqrt(vector.shape[0]) * covariance_root(posterior.covariance).T
     found = jax.vmap(value)(vector[None, :] + jnp.concatenate([steps, -steps]))
-    return found.mean(), found.var()
+    return found.mean(), found.var() + beside @ beside
+
+
+def left_open(
+    model: RewardModel, users: Users, posterior: UserPosterior, row: Comparisons[Item]
+) -> Float[Array, " directions"]:
+    """What a row's log-odds have of a user's unknowns, which are standard normal (`LeavesOpen`); else nothing."""
+    if not isinstance(model, LeavesOpen):
+        return jnp.zeros(0)
+    base, _ = gather(users, row.community, jnp.asarray(-1))
+    state = jax.tree.map(jnp.add, base, posterior.mean.state)
+    return users.scale * (model.left_open(state, row.first) - model.left_open(state, row.second))
 
 
 class Joint(NamedTuple):
@@ -303,23 +316,29 @@ class Joint(NamedTuple):
 
 
 def predict_jointly(model: RewardModel, users: Users, posterior: UserPosterior, rows: Comparisons[Item]) -> Joint:
-    """Return what `predict` says of each row, and how the rows vary together. A point estimate has no variance."""
+    """Return what `predict` says of each row, and how the rows vary together.
+
+    A point estimate has no variance but for what it leaves open (`LeavesOpen`).
+    """
     vector, unravel = ravel(posterior.mean)
 
     def values(v: Float[Array, " size"]) -> Float[Array, " rows"]:
         return jax.vmap(lambda row: _row_log_odds(model, users, unravel(v), row))(rows)
 
     nothing = jnp.zeros((rows.target.shape[0], 0))
+    beside = jax.vmap(lambda row: left_open(model, users, posterior, row))(rows)
     if posterior.covariance is None:
-        return Joint(values(vector), nothing, nothing)
+        return Joint(values(vector), beside, nothing)
     if isinstance(model, LinearInUser):
         root, downdate = posterior.covariance.root, posterior.covariance.downdate
         slope = jax.vmap(lambda row: jax.grad(lambda v: _row_log_odds(model, users, unravel(v), row))(vector))(rows)
-        return Joint(values(vector), slope * root[None, :] if root.ndim == 1 else slope @ root, slope @ downdate.T)
+        plus = slope * root[None, :] if root.ndim == 1 else slope @ root
+        return Joint(values(vector), jnp.concatenate([plus, beside], axis=1), slope @ downdate.T)
     steps = jnp.sqrt(vector.shape[0]) * covariance_root(posterior.covariance).T
     found = jax.vmap(values)(vector[None, :] + jnp.concatenate([steps, -steps]))
     mean = found.mean(0)
-    return Joint(mean, (found - mean[None, :]).T / jnp.sqrt(found.shape[0]), nothing)
+    plus = (found - mean[None, :]).T / jnp.sqrt(found.shape[0])
+    return Joint(mean, jnp.concatenate([plus, beside], axis=1), nothing)
 
 
 def covariance_root(covariance: Covariance) -> Float[Array, "size size"]:

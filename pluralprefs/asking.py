@@ -20,7 +20,7 @@ What no level explains of a row (`Users.residual`) blurs an answer and is not le
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import polars as pl
@@ -32,7 +32,7 @@ from pluralprefs.adapted import pair_ids
 from pluralprefs.adapting import gaussian_mean, joint_log_odds, user_rewards
 from pluralprefs.data.files import DataError
 from pluralprefs.fitting import Rows
-from pluralprefs.types import InfersUser, Item, ScalarReward
+from pluralprefs.types import Item, LeavesOpen, ScalarReward
 
 if TYPE_CHECKING:
     from pluralprefs.adapted import AdaptedUser
@@ -54,10 +54,11 @@ def suggest(
     if n < 1:
         raise DataError(f"n {n}: ask for one pair at least")
     unsure, run = rule in ("bald", "d_optimal"), user.run
-    if unsure and isinstance(run.model, InfersUser) and _certain(user):
+    inferred = isinstance(run.model, LeavesOpen)
+    if unsure and inferred and not float(run.users.population["spread"] + user.posterior.mean.state["spread"]):
         raise DataError(f'rule {rule!r} needs uncertainty, and of this user the run, which infers users, states none: '
                         'choose "random"')  # fmt: skip
-    if unsure and user.posterior.covariance is None:
+    if unsure and not inferred and user.posterior.covariance is None:
         raise DataError(f'rule {rule!r} needs the uncertainty that method="map" does not give: adapt with "laplace"')
     pairs = pl.Series("pair", pair_ids(pool), dtype=pl.Utf8)
     left = user.own(pool).filter(pairs.is_first_distinct() & ~pairs.is_in(list(user.pairs)))
@@ -130,12 +131,6 @@ def _entropy(p: np.ndarray) -> np.ndarray:
 
 def _slope(x: np.ndarray) -> np.ndarray:
     return expit(x) * expit(-x)
-
-
-def _certain(user: AdaptedUser) -> bool:
-    """Whether an inferred user has no uncertainty: the family states none, or the user's shots are not trusted."""
-    covariance: Any = user.posterior.covariance
-    return covariance is None or not np.any(covariance.root) or not float(user.posterior.mean.state["trust"])
 
 
 def _utility(user: AdaptedUser, items: Item, rows: Rows, table: pl.DataFrame) -> Float[np.ndarray, " rows"]:

@@ -34,7 +34,7 @@ from pluralprefs.encoders.features import Features, append
 from pluralprefs.evaluate import SEEN, UNSEEN, Adapter
 from pluralprefs.fitting import Fitted, Rows, take
 from pluralprefs.hosts import all_or_none, divided, exchanged, gathered, own_rows, require_same
-from pluralprefs.inferring import KNOTS, fit_inferred
+from pluralprefs.inferring import fit_inferred
 from pluralprefs.likelihoods import Logistic, pooled_mean, user_tail
 from pluralprefs.models.attribute_attention import AttributeAttention
 from pluralprefs.models.bradley_terry import BradleyTerry
@@ -46,10 +46,11 @@ from pluralprefs.models.neural_process import NeuralProcess
 from pluralprefs.models.residual import Residual
 from pluralprefs.models.set_pooled import SetPooled
 from pluralprefs.models.variational import Variational
-from pluralprefs.pooling import fit_pooled, half_fits, shared_variance, tempered_population
+from pluralprefs.pooling import fit_pooled, half_fits, independent, shared_variance, tempered_population
 from pluralprefs.profiles import preference_variance
 from pluralprefs.train import attribute_dropout
 from pluralprefs.training import Report, Together, gradient_bases, temperature_scale
+from pluralprefs.trust import KNOTS
 from pluralprefs.types import InfersUser, Item, LearnsFromItems, LinearInUser, Reduction
 from pluralprefs.users import Pooled, Users
 
@@ -396,6 +397,8 @@ def fit_seed(
     train = take(prepared.rows, np.flatnonzero(np.isin(cell, TRAINING)))
     validation = take(prepared.rows, np.flatnonzero(cell == "validation"))
     model = new_model(experiment, prepared, seed)
+    if experiment.refit and experiment.users.cross_fit == "item" and len(validation.target):
+        train, validation = independent(train, validation)
     if isinstance(model, Residual):
         rows = take(prepared.rows, np.flatnonzero(np.isin(cell, FINAL))) if experiment.refit else train
         return _fit_inferred(experiment, prepared, model, train, validation, rows, seed, checkpoints,

@@ -32,11 +32,11 @@ import numpy as np
 import polars as pl
 from jaxtyping import Float
 
-from pluralprefs.adapt import variance
+from pluralprefs.adapt import left_open, variance
 from pluralprefs.adapting import adapt_units, predict_seen
 from pluralprefs.fitting import Fitted, Rows, gathered, strangers, take
 from pluralprefs.intervals import estimate_mean
-from pluralprefs.types import Comparisons, Covariance, Item, UserPosterior
+from pluralprefs.types import Comparisons, Covariance, Item, LeavesOpen, UserPosterior
 from pluralprefs.users import Deviation, Users, deviating_log_odds, gather, neutral, part_names, ravel
 
 NORMAL = 1.959964
@@ -191,6 +191,10 @@ def _slopes(
 
     found = inverse @ jax.vmap(partial(value, vector))(rows)
     gradients = inverse @ jax.vmap(lambda row: jax.grad(value)(vector, row))(rows)
+    if isinstance(model, LeavesOpen):
+        here = rows.replace(community=jnp.full_like(rows.community, community))
+        beside = inverse @ jax.vmap(lambda row: left_open(model, users, posterior, row))(here)
+        return found, jnp.sum(beside**2, axis=1)
     if posterior.covariance is None:
         return found, jnp.zeros_like(found)
     return found, jax.vmap(partial(variance, posterior.covariance))(gradients)

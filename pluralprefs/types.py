@@ -175,6 +175,16 @@ class InfersUser(RewardModel, Protocol):
 
 
 @runtime_checkable
+class LeavesOpen(RewardModel, Protocol):
+    """Capability: what is not known of a user lies beside the state, and not in a covariance over it.
+
+    The user's reward of an item is that of the state plus `left_open` @ z, with z standard normal and one a user.
+    """
+
+    def left_open(self, user: User, item: Item) -> Float[Array, " directions"]: ...
+
+
+@runtime_checkable
 class Penalised(Protocol):
     """Capability: a term of the training objective in nats per comparison (the one batched method of a family).
 

@@ -24,7 +24,8 @@ FLOORS = [
     "adapting",  # lazily, adapting and pooling may import each other
     "pooling",
     "training evaluate adapted windows",
-    "inferring prompted backbone",
+    "trust prompted backbone",
+    "inferring",
     "profiles asking choosing user_shards fspo adapters",
     "experiment",
     "run plots",

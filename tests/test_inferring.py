@@ -1,5 +1,6 @@
 """Users inferred from shots: their formulas by independent code, and the whole path from a file to a new user."""
 
+from dataclasses import replace
 from functools import partial
 
 import jax
@@ -13,23 +14,13 @@ from tables import write
 from test_parity import layers, softmax
 
 import pluralprefs.run
+from pluralprefs.adapt import infer_user, predict, predict_jointly
 from pluralprefs.asking import suggest
 from pluralprefs.choosing import neighbours
 from pluralprefs.data.episodes import episode_indices
 from pluralprefs.data.files import DataError
 from pluralprefs.fitting import take
-from pluralprefs.inferring import (
-    FEWEST,
-    KNOTS,
-    Judging,
-    far_items,
-    far_judges,
-    fit_inferred,
-    held_out,
-    judges,
-    settled,
-    trusted,
-)
+from pluralprefs.inferring import fit_inferred, settled
 from pluralprefs.launch import fit
 from pluralprefs.likelihoods import Logistic, pooled_mean
 from pluralprefs.models.low_rank import LowRank
@@ -37,6 +28,20 @@ from pluralprefs.models.neural_process import NeuralProcess
 from pluralprefs.models.residual import Residual
 from pluralprefs.registry.files import RegistryError, load_arrays
 from pluralprefs.run import load
+from pluralprefs.trust import (
+    FEWEST,
+    KNOTS,
+    Asked,
+    Judging,
+    borne_out,
+    far_items,
+    far_judges,
+    held_out,
+    judges,
+    left_open,
+    prior_table,
+    trusted,
+)
 from pluralprefs.users import Pooled, Users
 
 X = items(20)
@@ -179,11 +184,11 @@ def test_a_residual_is_the_population_plus_the_shift_as_far_as_it_is_trusted():
     base = float(model.population.log_odds(model.weights, a, b))
     at_prior = float(model.family.log_odds(model.prior, a, b))
     nothing = infer(support.replace(weight=jnp.zeros(4)))
-    assert float(model.log_odds(nothing, a, b)) == pytest.approx(base, rel=1e-4)
+    assert float(model.log_odds(nothing, a, b)) == pytest.approx(1.1 * base, rel=1e-4)
     found = infer(support)  # four shots, and trust is known for up to two
     assert float(found["trust"]) == pytest.approx(0.8)
     shift = float(model.family.log_odds(model.family.infer_user(support).mean, a, b)) - at_prior
-    assert float(model.log_odds(found, a, b)) == pytest.approx(base + 0.8 * shift, rel=1e-4)
+    assert float(model.log_odds(found, a, b)) == pytest.approx(1.4 * (base + 0.8 * shift), rel=1e-4)
     one = infer(support.replace(weight=jnp.asarray([1.0, 0, 0, 0])))
     assert float(one["trust"]) == pytest.approx(0.4)
     half = infer(support.replace(weight=jnp.asarray([0.5, 0, 0, 0])))
@@ -224,6 +229,61 @@ def test_shots_are_read_on_top_of_the_population_when_scored_as_when_trained():
     trained = model.family.infer_user(SHOTS.replace(offset=known)).mean
     np.testing.assert_allclose(model.infer_user(SHOTS).mean["state"], trained, rtol=1e-4, atol=1e-5)
     assert np.abs(trained - model.family.infer_user(SHOTS).mean).max() > 0.01
+
+
+def test_what_shots_leave_open_is_one_gaussian_deviation_a_user():
+    model = INFERRING["residual"]()
+    table = prior_table(model)
+    posterior = infer_user(model, SHOTS, table)
+    a, b = np.array([0, 1, 2]), np.array([3, 5, 4])
+    asked = rows(pick(X, a), pick(X, b), np.ones(3))
+    apart = 0.3 * (E[a] - E[b])  # four shots: the spread of two and more
+    joint = jax.jit(predict_jointly)(model, table, posterior, asked)
+    np.testing.assert_allclose(joint.plus @ joint.plus.T - joint.minus @ joint.minus.T, apart @ apart.T, rtol=1e-4)
+    for i in range(3):
+        mean, variance = jax.jit(predict)(model, table, posterior, jax.tree.map(lambda x, i=i: x[i], asked))
+        assert float(variance) == pytest.approx((apart[i] ** 2).sum(), rel=1e-4)
+        assert float(mean) == pytest.approx(float(joint.mean[i]), rel=1e-4)
+    nothing = infer_user(model, SHOTS.replace(weight=jnp.zeros(4)), table)
+    jax.tree.map(partial(np.testing.assert_allclose, atol=1e-6), nothing.mean.state, jax.tree.map(
+        jnp.zeros_like, nothing.mean.state))  # fmt: skip
+    joint = predict_jointly(model, table, nothing, asked)
+    np.testing.assert_allclose((joint.plus**2).sum(1), ((0.9 / 0.3 * apart) ** 2).sum(1), rtol=1e-4)
+
+
+def asked_of(users, per_user, spread, scale=1.0, shift=0.0, seed=0):
+    """Answers of users who depart from what is predicted: log-odds N(0, 1) times `scale`, and a deviation each."""
+    draw = np.random.default_rng(seed)
+    unit = np.repeat(np.arange(users), per_user)
+    first = draw.integers(0, 6, len(unit)).astype(np.int32)
+    second = ((first + draw.integers(1, 6, len(unit))) % 6).astype(np.int32)
+    known, moved = draw.normal(size=len(unit)), draw.normal(size=len(unit))
+    own = spread * draw.normal(size=(users, DIM))[unit]
+    truth = scale * (known + shift * moved) + (own * (E[first] - E[second])).sum(1)
+    target = draw.random(len(unit)) < 1 / (1 + np.exp(-truth))
+    table = jax.tree.map(np.asarray, rows(first, second, target)).replace(user=unit.astype(np.int32))
+    return Asked(moved, known, table, unit)
+
+
+def test_the_spread_of_users_about_what_is_predicted_is_recovered():
+    scale, spread = left_open(asked_of(300, 30, spread=0.7, scale=1.5), 0.0, X)
+    assert spread == pytest.approx(0.7, rel=0.15)
+    assert scale == pytest.approx(1.5, rel=0.1)
+    assert left_open(asked_of(300, 30, spread=0.0), 0.0, X) == (pytest.approx(1, abs=0.1), pytest.approx(0, abs=0.1))
+    gaps = asked_of(300, 30, spread=0.7, scale=1.5)._replace(unit=3 * np.repeat(np.arange(300), 30))
+    assert left_open(gaps, 0.0, X) == pytest.approx((scale, spread))  # draws of which nothing was asked
+    nobody = Asked(*(part[:0] for part in gaps[:2]), jax.tree.map(lambda x: x[:0], gaps.rows), gaps.unit[:0])
+    assert left_open(nobody, 0.0, X) == (1.0, 0.0)
+
+
+def test_a_shift_is_trusted_less_the_less_sure_users_make_of_it():
+    sure = borne_out(asked_of(200, 30, spread=0.0, shift=0.8))
+    assert sure == pytest.approx(0.8, rel=0.1)
+    noise = [borne_out(asked_of(20, 5, spread=0.0, seed=seed)) for seed in range(30)]
+    assert np.mean(np.array(noise) == 0) > 0.7  # the best factor is above 0 in half of them
+    few = [borne_out(asked_of(40, 5, spread=0.0, shift=0.8, seed=seed)) for seed in range(20)]
+    assert 0.6 < np.mean(few) < 0.9
+    assert borne_out(asked_of(1, 30, spread=0.0, shift=0.8)) == 0.0  # one user says nothing of others
 
 
 def test_what_shots_say_is_not_trusted_where_it_says_nothing():
@@ -400,9 +460,9 @@ def test_a_new_user_is_inferred_from_shots_on_the_whole_path(fitted, tmp_path):
     assert nats[0] < nats[1] - 0.1
     assert set(unknown["user_source"]) == {"population"}
     reversed_ = run.adapt(new.with_columns(target=1 - pl.col("target")))
-    shift = scores["log_odds"] - unknown["log_odds"]
-    mirrored = run.score(new, reversed_)["log_odds"] - unknown["log_odds"]
-    np.testing.assert_allclose(mirrored, -shift, rtol=1e-3, atol=1e-4)
+    turned, base = run.score(new, reversed_)["log_odds"].to_numpy(), unknown["log_odds"].to_numpy()
+    middle = (scores["log_odds"].to_numpy() + turned) / 2  # the population, as sharp as a user of twelve shots
+    np.testing.assert_allclose(middle, base * (middle @ base) / (base @ base), rtol=1e-3, atol=1e-4)
     run.save_users(tmp_path / "users.safetensors", users)
     kept = run.load_users(tmp_path / "users.safetensors")
     assert run.score(new, kept).equals(scores)
@@ -422,17 +482,27 @@ def test_a_seen_user_is_inferred_from_the_training_rows(fitted):
     np.testing.assert_allclose(run.score(mine, again)["log_odds"], scores["log_odds"], rtol=1e-3, atol=1e-4)
 
 
-def test_questions_that_need_uncertainty_are_refused_at_once_where_users_are_inferred_without(fitted):
+def test_an_inferred_user_is_asked_about_what_shots_leave_open(fitted):
     data, run = fitted
     user, pool = run.adapt(prior="population"), run.read(data).head(6)
     with pytest.raises(DataError, match="its only method"):
         run.adapt(prior="population", method="map")
-    for person in (user, user.update(pool.head(3).with_columns(user_id=pl.lit(None, pl.Utf8)))):
-        with pytest.raises(DataError, match='infers users, states none: choose "random"'):
-            suggest(person, pool, 1)
+    shown = user.update(pool.head(3).with_columns(user_id=pl.lit(None, pl.Utf8)))
+    spread = run.model.spread[0]
+    for person, expected in ((user, spread[0]), (shown, np.interp(np.log(4), np.log1p(run.model.shots[0]), spread))):
+        asked = suggest(person, pool, 1)
+        items, pairs = run.arrays(asked)
+        embedding = np.asarray(items.embedding, float)
+        apart = np.linalg.norm(embedding[pairs.first[0]] - embedding[pairs.second[0]])
+        assert asked["log_odds_std"][0] == pytest.approx(float(expected) * apart, rel=1e-3)
+        assert asked["log_odds_std"][0] > 0.1
         assert suggest(person, pool, 1, rule="random").height == 1
         with pytest.raises(DataError, match="is no such direction"):
             neighbours(person, 4)
+    certain = replace(run, model=run.model.replace(spread=0 * run.model.spread), users=run.users.replace(
+        population=run.users.population | {"spread": jnp.zeros(())}))  # fmt: skip
+    with pytest.raises(DataError, match='infers users, states none: choose "random"'):
+        suggest(certain.adapt(prior="population"), pool, 1)
 
 
 def test_a_run_whose_family_has_other_parameters_now_cannot_be_loaded(fitted, monkeypatch):

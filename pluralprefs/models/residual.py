@@ -1,16 +1,22 @@
 """A population, and on top of it what shots say of a user: the form in which inferred users are fitted and scored.
 
-    l(u) = l_0 + trust(n) [f(u) - f(prior)]
+    l(u) = scale(n) {l_0 + trust(n) [f(u) - f(prior)]} + z . (e_first - e_second)        z ~ N(0, spread(n)^2 I)
 
 l_0 are the log-odds of a population (`population` at its state `weights`), f those of a family that infers its users
 (`family`), prior the user that it infers from no shots, n the number of shots whose weight is not 0. Without shots the
 log-odds are the population's. `trust` is how much of the shift validation users bore out at `shots` many shots,
-interpolated in log(1 + n), so that a user who has shown something is not served worse than one who has shown nothing.
-A weight of more than `most` together, the most that validation users bore out, counts as `most`, unless these users
-said that it copes (`inferring` decides). What shots say is borne out less where the family has met nothing like them,
-so that each of the three has two rows: for shots of two responses that training knows (`Item.index`), and for others. A
-user who has shown both has the mean trust, by how many of each; each kind has its own `most`. What is asked does not
-count. The family reads shots with l_0 added to their `offset`, as it was trained.
+interpolated in log(1 + n), so that a user who has shown something is not served worse than one who has shown nothing. A
+weight of more than `most` together, the most that validation users bore out, counts as `most`, unless these users said
+that it copes (`trust` decides).
+
+z is what shots leave open of the user: weights on the encoded response e, 0 in the mean user, whose `spread` is the
+user's uncertainty (`LeavesOpen`). What is predicted is a mean over all users who would have shown such shots; one of
+them is sharper by `scale`.
+
+What shots say is borne out less where the family has met nothing like them, so that all of these have two rows: for
+shots of two responses that training knows (`Item.index`), and for others. A user who has shown both has the mean of the
+two, by how many of each; each kind has its own `most`. What is asked does not count. The family reads shots with l_0
+added to their `offset`, as it was trained.
 """
 
 from __future__ import annotations
@@ -23,12 +29,12 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from pluralprefs.pytrees import pytree
-from pluralprefs.types import Comparisons, Covariance, Item, Replaceable, UserPosterior
+from pluralprefs.types import Comparisons, Item, Replaceable, UserPosterior
 
 
 @pytree
 class Residual(Replaceable):
-    """See the module. The user state is the family's ("state") and how far it is trusted ("trust")."""
+    """See the module. The user state is the family's ("state"), and trust, scale and spread at its number of shots."""
 
     population: Any
     weights: Any
@@ -36,19 +42,27 @@ class Residual(Replaceable):
     prior: Any
     shots: Float[Array, "2 knots"]
     trust: Float[Array, "2 knots"]
+    scale: Float[Array, "2 knots"]
+    spread: Float[Array, "2 knots"]
     most: Float[Array, 2]
 
     @classmethod
     def init(cls, *, population: Any, family: Any, knots: int, **_: Any) -> Self:
         """The population alone: nothing that the family says is trusted yet."""
         shots = jnp.tile(jnp.arange(knots, dtype=jnp.float32), (2, 1))
-        return cls(population, population.init_user(), family, family.init_user(), shots, 0 * shots, jnp.zeros(2))
+        zero, one = jnp.zeros_like(shots), jnp.ones_like(shots)
+        return cls(population, population.init_user(), family, family.init_user(), shots, zero, one, zero, jnp.zeros(2))
 
     def init_user(self) -> dict[str, Any]:
-        return {"state": self.family.init_user(), "trust": jnp.zeros(())}
+        return {"state": self.family.init_user(), "trust": jnp.zeros(()), "scale": jnp.ones(()),
+                "spread": jnp.zeros(())}  # fmt: skip
 
     def infer_user(self, support: Comparisons[Item]) -> UserPosterior:
-        """The family's user of these shots, and its trust; the prior, without trust, where there are none."""
+        """The family's user of these shots, and what is to be made of it; the prior, without trust, of no shots.
+
+        A covariance of the family's own is not used: it is of the state alone, before anybody has said how far that
+        is to be trusted.
+        """
         count = jnp.sum(support.weight > 0)  # as trust was learned, whatever the weights
         known = met(support.first) & met(support.second)
         kinds = jnp.where(jnp.stack([known, ~known]), support.weight[None], 0.0)  # a row for each kind of shot
@@ -56,14 +70,20 @@ class Residual(Replaceable):
         weight = jnp.sum(kinds * most / jnp.maximum(total, most), axis=0)
         offset = jax.vmap(partial(self.population.log_odds, self.weights))(support.first, support.second)
         found = self.family.infer_user(support.replace(offset=support.offset + offset, weight=weight))
-        share = jnp.sum(kinds > 0, axis=1) / jnp.maximum(count, 1)
-        trust = share @ jax.vmap(partial(jnp.interp, jnp.log1p(count)))(jnp.log1p(self.shots), self.trust)
-        covariance = None if found.covariance is None else widened(found.covariance)
-        return UserPosterior({"state": found.mean, "trust": trust}, covariance)
+        share = jnp.where(count > 0, jnp.sum(kinds > 0, axis=1) / jnp.maximum(count, 1), jnp.array([1.0, 0.0]))
+
+        def at(values: Float[Array, "2 knots"]) -> Float[Array, ""]:
+            return share @ jax.vmap(partial(jnp.interp, jnp.log1p(count)))(jnp.log1p(self.shots), values)
+
+        learned = {"trust": at(self.trust), "scale": at(self.scale), "spread": at(self.spread)}
+        return UserPosterior({"state": found.mean, **learned})
 
     def reward(self, user: dict[str, Any], item: Item) -> Float[Array, ""]:
         shift = self.family.reward(user["state"], item) - self.family.reward(self.prior, item)
-        return self.population.reward(self.weights, item) + user["trust"] * shift
+        return user["scale"] * (self.population.reward(self.weights, item) + user["trust"] * shift)
+
+    def left_open(self, user: dict[str, Any], item: Item) -> Float[Array, " dim"]:
+        return user["spread"] * item.embedding
 
     def log_odds(self, user: dict[str, Any], first: Item, second: Item) -> Float[Array, ""]:
         return self.reward(user, first) - self.reward(user, second)
@@ -72,9 +92,3 @@ class Residual(Replaceable):
 def met(items: Item) -> Bool[Array, " rows"]:
     """Whether training knows each item; where nobody says which it knows, it does."""
     return jnp.ones(len(items.embedding), bool) if items.index is None else items.index >= 0
-
-
-def widened(covariance: Covariance) -> Covariance:
-    """The covariance with one more coordinate at the end, which is certain."""
-    pad = [(0, 1)] * covariance.root.ndim
-    return Covariance(jnp.pad(covariance.root, pad), jnp.pad(covariance.downdate, [(0, 0), (0, 1)]))

@@ -1,0 +1,294 @@
+"""How far what shots say of a user is trusted, and how much they leave open: users whom the family has not seen judge.
+
+Held-out users show shots and are asked about other comparisons of theirs; `judges` says which. At each number of shots
+
+    trust    the factor of the inferred shift that loses the fewest nats, drawn towards 0 as far as the users disagree
+             about it: trust * max(0, 1 - (standard error / trust)^2), so that noise is not trusted
+    spread   how far users depart from what is then predicted: each user's weights on the encoded response deviate by
+             N(0, spread^2 I), as strong as what the answers of one user have in common (empirical Bayes, `fitting`)
+    scale    how much sharper one user is than the mean over users that a prediction is, learned with the spread
+
+What shots of responses that training does not know say is judged apart (`far_judges`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Bool, Float, Int
+from scipy.optimize import minimize_scalar
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
+
+from pluralprefs.adapting import adapt_and_predict
+from pluralprefs.data.episodes import episode_indices
+from pluralprefs.fitting import Rows, initial_root, strangers, take
+from pluralprefs.models.bradley_terry import BradleyTerry
+from pluralprefs.models.residual import Residual
+from pluralprefs.pooling import items_apart, users_and_scale, validation_nats
+from pluralprefs.types import Item
+from pluralprefs.users import Pooled, Users, neutral, part_names
+
+SHOTS = 32  # of an episode, at most
+KNOTS = (0, 1, 2, 4, 8, 16, 32, 64)  # numbers of shots at which trust is learned; the last stands for all there are
+MANY = 512  # shots that are tried where users have more than an episode shows
+DRAWS = 5  # of shots for each held-out user
+HELD_OUT = 20  # per cent of the training users
+FAR = (20, 35)  # per cent of the rows, between which groups of responses are kept from the family
+ENOUGH = 20  # users who have shown a number of shots, to learn how far it is to be trusted
+FEWEST = 2  # users to judge by; where there are fewer nothing is trusted
+GAP = 1e-3  # of a factor, between which slopes of the loss are taken
+
+Apart = str | Bool[np.ndarray, " items"]  # what shots and questions do not share (`episode_indices`)
+
+
+class Judging(NamedTuple):
+    """Rows of users whom the family has not seen, and what of those is asked about."""
+
+    rows: Rows
+    asked: Apart
+
+
+def judges(rows: Rows, held: np.ndarray, pooled: Pooled) -> tuple[np.ndarray, Judging]:
+    """Rows to train on, and users to judge by.
+
+    Where items are kept apart, `NEW_ITEMS` per cent of the items are held out too: held-out users show the others, and
+    are asked about items that the family has not seen, as it will be. That leaves about half of the rows to train on
+    and half of a user's rows to show. Where fewer than `FEWEST` users could be asked so, items are parted anew for each
+    user, and where that fails too, only pairs are kept apart.
+    """
+    usable = _usable(rows)
+    apart = np.isin(np.asarray(rows.user), held)
+    others, aside = np.flatnonzero(usable & ~apart), take(rows, np.flatnonzero(usable & apart))
+    if pooled.cross_fit != "item":
+        return others, Judging(aside, "pair")
+    new = items_apart(int(max(rows.first.max(), rows.second.max())) + 1)
+    fitted = others[~new[rows.first[others]] & ~new[rows.second[others]]]
+    for part, judging in ((fitted, Judging(aside, new)), (others, Judging(aside, "item"))):
+        if len(np.unique(rows.user[part])) >= FEWEST <= _askable(judging):
+            return part, judging
+    return others, Judging(aside, "pair")
+
+
+def far_judges(
+    rows: Rows, held: np.ndarray, near: Judging, pooled: Pooled, known: Bool[np.ndarray, " items"] | None = None
+) -> tuple[np.ndarray, Judging, Bool[np.ndarray, " rows"]] | None:  # fmt: skip
+    """Rows to train another family on, users to judge by who show and are asked about what it has not met, and which
+    rows are of that.
+
+    Those are `far_items` and users without another row; where these are fewer than `ENOUGH`, users that are held out
+    from the other rows too. None where that is not enough either, and where a tenth of the rows that `near` shows have
+    an item that is not `known`: what is judged near is then said of unknown items already.
+    """
+    usable = _usable(rows)
+    strange = far_items(rows, usable)[rows.first]
+    if not strange.any() or not _shows_known(near, known):
+        return None
+    for part in (usable & ~strange, usable & ~strange & ~np.isin(rows.user, held)):
+        unseen = take(rows, np.flatnonzero(usable & strange & ~np.isin(rows.user, rows.user[part])))
+        far = Judging(unseen, "item" if pooled.cross_fit == "item" else "pair")
+        if len(np.unique(rows.user[part])) >= FEWEST and _askable(far) >= ENOUGH:
+            return np.flatnonzero(part), far, strange
+    return None
+
+
+def _usable(rows: Rows) -> Bool[np.ndarray, " rows"]:
+    return (np.asarray(rows.user) >= 0) & (np.asarray(rows.weight) > 0)
+
+
+def _shows_known(near: Judging, known: np.ndarray | None) -> bool:
+    """Whether nine in ten of the rows that can be shown are of two items that are known."""
+    sides = np.stack([near.rows.first, near.rows.second])
+    shown = sides if isinstance(near.asked, str) else sides[:, ~near.asked[sides].any(axis=0)]
+    return known is None or bool(10 * known[shown].all(axis=0).sum() >= 9 * max(shown.shape[1], 1))
+
+
+def far_items(rows: Rows, usable: Bool[np.ndarray, " rows"]) -> Bool[np.ndarray, " items"]:
+    """Items of groups to keep from the family: none is linked to an item of another group by comparisons.
+
+    Groups are taken in the order of a hash, until they are two or more and have the first of `FAR` per cent of the
+    rows; none that would make it more than the second. One alone is none: it says little of another.
+    """
+    count = int(max(rows.first.max(initial=-1), rows.second.max(initial=-1))) + 1
+    first, second = np.asarray(rows.first)[usable], np.asarray(rows.second)[usable]
+    links = coo_array((np.ones(len(first), bool), (first, second)), shape=(count, count))
+    groups, group = connected_components(links, directed=False)
+    size = 100 * np.bincount(group[first], minlength=groups) / max(len(first), 1)
+    _, least = np.unique(group, return_index=True)  # the first item of a group names it
+    taken: list[int] = []
+    taken_size = 0.0
+    for name in sorted(np.flatnonzero(size), key=lambda name: _hash(f"far|{least[name]}")):
+        if (taken_size < FAR[0] or len(taken) < 2) and taken_size + size[name] <= FAR[1]:
+            taken.append(int(name))
+            taken_size += size[name]
+    return np.isin(group, taken) & (len(taken) > 1)
+
+
+def _askable(judging: Judging) -> int:
+    """How many users have a question where shots and questions are kept apart so."""
+    _, query = episode_indices(np.random.default_rng(0), judging.rows, SHOTS, SHOTS, exactly=True, apart=judging.asked)
+    return int((query >= 0).any(axis=1).sum())
+
+
+def held_out(known: np.ndarray) -> np.ndarray:
+    """Users to judge by: `HELD_OUT` per cent, but at least `FEWEST`, as are left to train on; else none."""
+    held = np.array([int(u) for u in known if _hash(f"held out|{u}") % 100 < HELD_OUT], int)
+    if not FEWEST <= len(held) <= len(known) - FEWEST:
+        held = known[:FEWEST]
+    return held if len(known) >= 2 * FEWEST else known[:0]
+
+
+class Trust(NamedTuple):
+    """What `Residual` reads at each number of shots, and the most shots that count."""
+
+    shots: Float[np.ndarray, " knots"]
+    trust: Float[np.ndarray, " knots"]
+    scale: Float[np.ndarray, " knots"]
+    spread: Float[np.ndarray, " knots"]
+    most: Float[np.ndarray, ""]
+
+
+def trusted(
+    model: Residual, items: Item, notes: dict[str, Any], near: Judging, away: tuple[Residual, Judging] | None = None
+) -> Residual:  # fmt: skip
+    """Learn trust, scale, spread and most for shots of responses that training knows and (by `away`, a model and
+    judges) of others.
+
+    A number of shots that few have, fewer than `ENOUGH` users and than a quarter of those who have one, teaches noise:
+    it is trusted as the number before it, and more shots than that count as that many, since nobody bore out that they
+    say more; far away, where few have much to show, as many count as near.
+    """
+    found = [_judged(model, items, near, notes)]
+    if away is not None:
+        notes["far"] = {}
+        found.append(_judged(away[0], items, away[1], notes["far"]))
+    learned = {name: jnp.asarray(np.stack([getattr(part, name) for part in (found[0], found[-1])]), jnp.float32)
+               for name in Trust._fields}  # fmt: skip
+    return model.replace(**learned | {"most": jnp.maximum(learned["most"], learned["most"][0])})
+
+
+def _judged(model: Residual, items: Item, judging: Judging, notes: dict[str, Any]) -> Trust:
+    """What the users of `judging` bear out at each number of shots."""
+    knots = jnp.tile(jnp.asarray(KNOTS, jnp.float32), (2, 1))
+    open_ended = model.replace(shots=knots, trust=jnp.ones_like(knots), scale=jnp.ones_like(knots),
+                               spread=jnp.zeros_like(knots), most=jnp.full(2, 1e6))  # fmt: skip
+    rows, asked = judging
+    learned: list[tuple[float, float, float]] = []
+    enough_for, everyone = 0, 1
+    for count in KNOTS[:-1]:
+        found = _shown(open_ended, items, judging, count, least=count)
+        users = len(np.unique(found.rows.user))
+        everyone = max(users, 1) if count == 1 else everyone
+        enough = users >= min(ENOUGH, everyone / 4)
+        if count and not enough:
+            learned.append(learned[-1])
+            continue
+        factor = borne_out(found) if count else 0.0
+        learned.append((factor, *left_open(found, factor, items)))
+        enough_for = count
+    many = min(int(np.unique(np.asarray(rows.user), return_counts=True)[1].max()), MANY)
+    shown_of_many = many * (0.75 if isinstance(asked, str) and asked == "pair" else 0.5)
+    most, at_all, last = float(enough_for), learned[-1], SHOTS + 1.0
+    if enough_for == SHOTS < int(shown_of_many):  # some show more than an episode does
+        arms = {"all": 1e6, SHOTS: float(SHOTS)}
+        shown = {name: _shown(open_ended.replace(most=jnp.full(2, cap)), items, judging, many, least=SHOTS + 1)
+                 for name, cap in arms.items()}  # fmt: skip
+        if len(np.unique(shown["all"].rows.user)) >= min(ENOUGH, everyone / 4):
+            factor = {name: borne_out(part) for name, part in shown.items()}
+            nats = {name: validation_nats(part.offset + factor[name] * part.shift, np.zeros(1), part.rows)
+                    for name, part in shown.items()}  # fmt: skip
+            best = min(nats, key=nats.__getitem__)
+            at_all = factor[best], *left_open(shown[best], factor[best], items)
+            most, last = arms[best], max(last, shown_of_many)
+            notes["validation_nll_of_shots"] = {str(name): value for name, value in nats.items()}
+    trust, scale, spread = np.array([*learned, at_all]).T
+    for name, values in (("trust", trust), ("scale", scale), ("spread", spread)):
+        notes[name] = {str(k): float(v) for k, v in zip((*KNOTS[:-1], "all"), values, strict=True)}
+    return Trust(np.asarray([*KNOTS[:-1], last]), trust, scale, spread, np.asarray(most))
+
+
+class Asked(NamedTuple):
+    """Comparisons that users are asked about: the shift that shots make, log-odds without it, and whose draw it is."""
+
+    shift: Float[np.ndarray, " asked"]
+    offset: Float[np.ndarray, " asked"]
+    rows: Rows
+    unit: Int[np.ndarray, " asked"]
+
+
+def _shown(model: Residual, items: Item, judging: Judging, count: int, *, least: int) -> Asked:
+    """Infer the users of `judging` from `count` shots, or all that they have, and ask about the others, `DRAWS` times.
+
+    Users who have fewer than `least` to show are left out.
+    """
+    (rows, apart), given, questions = judging, [], []
+    for draw in range(DRAWS):
+        lines = episode_indices(np.random.default_rng(draw), rows, max(count, SHOTS), SHOTS, exactly=True, apart=apart)
+        shown, query = lines[0][:, :count], lines[1]
+        enough = (shown >= 0).sum(1) >= least
+        given.append(shown[enough])
+        questions.append(query[enough])
+    support, query = np.concatenate(given), np.concatenate(questions)
+    units = [np.broadcast_to(np.arange(len(part))[:, None], part.shape)[part >= 0] for part in (support, query)]
+    picked = take(rows, query[query >= 0])
+    alone = model.replace(weights=jax.tree.map(jnp.zeros_like, model.weights))
+    asked_flat = picked.replace(offset=np.zeros_like(picked.offset))  # shots keep theirs, which are out of fold
+    shift, _ = adapt_and_predict(alone, prior_table(alone), items, take(rows, support[support >= 0]), units[0],
+                                 asked_flat, units[1])  # fmt: skip
+    return Asked(shift, np.asarray(picked.offset, float), picked, units[1])
+
+
+def borne_out(found: Asked, most: float = 4.0) -> float:
+    """The factor in [0, most] of a shift that users bear out.
+
+    The one that loses the fewest nats, times the positive part of 1 - (standard error / factor)^2 (James and Stein
+    1961): what half of the users would not say again is not trusted. The error is that of the slope over users.
+    """
+    users, own = np.unique(found.rows.user, return_inverse=True)
+    weight, target = np.asarray(found.rows.weight, float), np.asarray(found.rows.target, float)
+
+    def nats(factor: float) -> Float[np.ndarray, " users"]:
+        logits = found.offset + factor * found.shift
+        lost = target * np.logaddexp(0, -logits) + (1 - target) * np.logaddexp(0, logits)
+        return np.bincount(own, weight * lost, len(users))
+
+    best: Any = minimize_scalar(lambda factor: nats(factor).sum(), bounds=(0.0, most), method="bounded")
+    if len(users) < FEWEST or best.fun >= nats(0.0).sum():
+        return 0.0
+    low, middle, high = (nats(best.x + step) for step in (-GAP, 0.0, GAP))
+    bend = (high - 2 * middle + low).sum() / GAP**2
+    error = np.sqrt(len(users)) * ((high - low) / (2 * GAP)).std(ddof=1) / bend if bend > 0 else np.inf
+    return float(best.x * max(0.0, 1 - (error / best.x) ** 2))
+
+
+def left_open(found: Asked, factor: float, items: Item) -> tuple[float, float]:
+    """Scale of what is predicted, and spread of users about it."""
+    if not len(found.unit):
+        return 1.0, 0.0
+    flat = BradleyTerry.init(key=jax.random.key(0), dim=items.embedding.shape[-1], item_effects=False)
+    table = Users.init(flat, users=0, communities=0)
+    offset = (found.offset + factor * found.shift).astype(np.float32)
+    draws, unit = np.unique(found.unit, return_inverse=True)
+    rows = strangers(found.rows.replace(offset=offset))
+    root = initial_root(flat, table, items, rows, 0.5)
+    state = np.array(part_names(neutral(flat))) != "gain"
+    root = np.where(state, root, 0.0).astype(np.float32)  # users do not differ in care here
+    table, root, _ = users_and_scale(flat, table, items, rows, Pooled(gain=False), len(draws), root, unit)
+    return float(table.scale), float(table.scale * root[state].max())
+
+
+def prior_table(model: Residual, *, users: int = 0, communities: int = 0) -> Users:
+    """The table of a residual, everyone at the prior user."""
+    table = Users.init(model, users=users, communities=communities)
+    zero = jnp.zeros_like(table.user_root)
+    nothing = {"trust": model.trust[0, 0], "scale": model.scale[0, 0], "spread": model.spread[0, 0]}
+    population = {"state": model.prior, **nothing}
+    return table.replace(population=population, user_root=zero, community_root=zero)
+
+
+def _hash(text: str) -> int:
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
