@@ -204,8 +204,8 @@ def _fit_users(
     tried = {}
     for exponent in pooled.temper:
         support = tempered(rows, exponent)
-        scaled, root, moments = users_and_scale(model, table, items, strangers(support), pooled, users, start,
-                                                np.asarray(rows.user))  # fmt: skip
+        scaled, root, moments = _users_and_scale(model, table, items, strangers(support), pooled, users, start,
+                                                 np.asarray(rows.user))  # fmt: skip
         candidate = scaled.replace(
             user=deviations(model, root, moments.mean), user_root=jnp.asarray(root),
             residual=jnp.float32(0.0 if pooled.residual is True else pooled.residual),
@@ -233,12 +233,10 @@ def _fit_users(
     return best[1]
 
 
-def users_and_scale(
+def _users_and_scale(
     model: Any, table: Users, items: Item, rows: Rows, pooled: Pooled, users: int, root: np.ndarray, unit: np.ndarray
 ) -> tuple[Users, np.ndarray, Moments]:
     """Learn the users' strength and, where there is a base, how sharp it is for one user, twice in turn.
-
-    Returns the table with its scale, the root and the users' moments; `unit` names the user of each row, -1 for none.
     Of more than `ENOUGH` users a fixed sample of that many teaches both: their error is then below a per cent.
     """
     known = np.unique(unit[unit >= 0])

@@ -5,7 +5,7 @@ Held-out users show shots and are asked about other comparisons of theirs; `judg
     trust    the factor of the inferred shift that loses the fewest nats, drawn towards 0 as far as the users disagree
              about it: trust * max(0, 1 - (standard error / trust)^2), so that noise is not trusted
     spread   how far users depart from what is then predicted: each user's weights on the encoded response deviate by
-             N(0, spread^2 I), as strong as what the answers of one user have in common (empirical Bayes, `fitting`)
+             N(0, spread^2 I), as far as what the answers of one user have in common says: of the most evidence
     scale    how much sharper one user is than the mean over users that a prediction is, learned with the spread
 
 What shots of responses that training does not know say is judged apart (`far_judges`).
@@ -19,19 +19,18 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Bool, Float, Int
-from scipy.optimize import minimize_scalar
+from jaxtyping import Array, Bool, Float, Int
+from scipy.optimize import minimize, minimize_scalar
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
 from pluralprefs.adapting import adapt_and_predict
 from pluralprefs.data.episodes import episode_indices
-from pluralprefs.fitting import Rows, initial_root, strangers, take
-from pluralprefs.models.bradley_terry import BradleyTerry
+from pluralprefs.fitting import Rows, padded, step_up, take
 from pluralprefs.models.residual import Residual
-from pluralprefs.pooling import items_apart, users_and_scale, validation_nats
+from pluralprefs.pooling import items_apart, validation_nats
 from pluralprefs.types import Item
-from pluralprefs.users import Pooled, Users, neutral, part_names
+from pluralprefs.users import Pooled, Users
 
 SHOTS = 32  # of an episode, at most
 KNOTS = (0, 1, 2, 4, 8, 16, 32, 64)  # numbers of shots at which trust is learned; the last stands for all there are
@@ -41,6 +40,8 @@ HELD_OUT = 20  # per cent of the training users
 FAR = (20, 35)  # per cent of the rows, between which groups of responses are kept from the family
 ENOUGH = 20  # users who have shown a number of shots, to learn how far it is to be trusted
 FEWEST = 2  # users to judge by; where there are fewer nothing is trusted
+MOST_DRAWS = 300  # of users, to learn what is left open
+MODE_STEPS = 12  # of Newton's method
 GAP = 1e-3  # of a factor, between which slopes of the loss are taken
 
 Apart = str | Bool[np.ndarray, " items"]  # what shots and questions do not share (`episode_indices`)
@@ -58,8 +59,8 @@ def judges(rows: Rows, held: np.ndarray, pooled: Pooled) -> tuple[np.ndarray, Ju
 
     Where items are kept apart, `NEW_ITEMS` per cent of the items are held out too: held-out users show the others, and
     are asked about items that the family has not seen, as it will be. That leaves about half of the rows to train on
-    and half of a user's rows to show. Where fewer than `FEWEST` users could be asked so, items are parted anew for each
-    user, and where that fails too, only pairs are kept apart.
+    and half of a user's rows to show. Where fewer than `ENOUGH` users could be asked so, about too few items, items are
+    parted anew for each user, and where `FEWEST` cannot be asked so either, only pairs are kept apart.
     """
     usable = _usable(rows)
     apart = np.isin(np.asarray(rows.user), held)
@@ -68,8 +69,8 @@ def judges(rows: Rows, held: np.ndarray, pooled: Pooled) -> tuple[np.ndarray, Ju
         return others, Judging(aside, "pair")
     new = items_apart(int(max(rows.first.max(), rows.second.max())) + 1)
     fitted = others[~new[rows.first[others]] & ~new[rows.second[others]]]
-    for part, judging in ((fitted, Judging(aside, new)), (others, Judging(aside, "item"))):
-        if len(np.unique(rows.user[part])) >= FEWEST <= _askable(judging):
+    for part, judging, least in ((fitted, Judging(aside, new), ENOUGH), (others, Judging(aside, "item"), FEWEST)):
+        if len(np.unique(rows.user[part])) >= FEWEST and _askable(judging) >= least:
             return part, judging
     return others, Judging(aside, "pair")
 
@@ -266,19 +267,65 @@ def borne_out(found: Asked, most: float = 4.0) -> float:
 
 
 def left_open(found: Asked, factor: float, items: Item) -> tuple[float, float]:
-    """Scale of what is predicted, and spread of users about it."""
-    if not len(found.unit):
-        return 1.0, 0.0
-    flat = BradleyTerry.init(key=jax.random.key(0), dim=items.embedding.shape[-1], item_effects=False)
-    table = Users.init(flat, users=0, communities=0)
-    offset = (found.offset + factor * found.shift).astype(np.float32)
+    """Scale of what is predicted and spread of users about it: those of the most evidence.
+
+    What is predicted is the mean of a Gaussian process over a user's answers, whose kernel are the products of the
+    encoded differences, and each draw is a user. Nothing is open where the answers say so.
+    """
     draws, unit = np.unique(found.unit, return_inverse=True)
-    rows = strangers(found.rows.replace(offset=offset))
-    root = initial_root(flat, table, items, rows, 0.5)
-    state = np.array(part_names(neutral(flat))) != "gain"
-    root = np.where(state, root, 0.0).astype(np.float32)  # users do not differ in care here
-    table, root, _ = users_and_scale(flat, table, items, rows, Pooled(gain=False), len(draws), root, unit)
-    return float(table.scale), float(table.scale * root[state].max())
+    if not len(draws):
+        return 1.0, 0.0
+    chosen = np.sort(np.random.default_rng(0).permutation(len(draws))[:MOST_DRAWS])
+    lines = np.full((step_up(len(chosen)), step_up(int(np.bincount(unit).max()))), -1)  # few shapes to compile
+    for line, draw in zip(lines, chosen, strict=False):
+        own = np.flatnonzero(unit == draw)
+        line[: len(own)] = own
+    predicted = (found.offset + factor * found.shift).astype(np.float32)
+    rows = padded(found.rows.replace(offset=predicted), lines)
+    apart = np.asarray(items.embedding)[rows.first] - np.asarray(items.embedding)[rows.second]
+    unit_spread = 1 / max(float(np.median(np.linalg.norm(apart, axis=-1)[lines >= 0])), 1e-6)  # about one of log-odds
+    kernel = unit_spread**2 * np.einsum("uid,ujd->uij", apart, apart)
+    best: Any = minimize(_lost, np.zeros(2), args=(kernel, rows), jac=True, method="L-BFGS-B", tol=1e-5,
+                         bounds=[(-1.6, 1.6), (-5.0, 3.5)])  # fmt: skip
+    scale, spread = np.exp(best.x)
+    return float(scale), float(spread * unit_spread)
+
+
+def _lost(logarithms: np.ndarray, kernel: np.ndarray, rows: Rows) -> tuple[float, np.ndarray]:
+    nats, slope = _nats(jnp.asarray(logarithms, jnp.float32), kernel, rows)
+    return float(nats), np.asarray(slope, float)
+
+
+@jax.jit
+@jax.value_and_grad
+def _nats(logarithms: Float[Array, 2], kernel: Float[Array, "users rows rows"], rows: Rows) -> Float[Array, ""]:
+    """Minus the log evidence of a scale and a spread, by Laplace's method (Rasmussen and Williams 2006, 3.1)."""
+    scale, spread = jnp.exp(logarithms)
+
+    def one(kernel: Float[Array, "rows rows"], rows: Rows) -> Float[Array, ""]:
+        kernel = spread**2 * kernel
+        fixed = scale * rows.offset
+
+        def step(f: Float[Array, " rows"], _: None) -> tuple[Float[Array, " rows"], None]:
+            return kernel @ solved(f)[0], None
+
+        def solved(f: Float[Array, " rows"]) -> tuple[Array, Array]:
+            p = jax.nn.sigmoid(fixed + f)
+            root = jnp.sqrt(jnp.maximum(rows.weight * p * (1 - p), 1e-12))  # of padding, a slope
+            triangle = jnp.linalg.cholesky(jnp.eye(len(root)) + root[:, None] * kernel * root[None, :])
+            b = root**2 * f + rows.weight * (rows.target - p)
+            a = b - root * jax.scipy.linalg.cho_solve((triangle, True), root * (kernel @ b))
+            return a, jnp.sum(jnp.log(jnp.diagonal(triangle)))
+
+        f, _ = jax.lax.scan(step, jnp.zeros_like(fixed), None, length=MODE_STEPS)
+        f, _ = step(jax.lax.stop_gradient(f), None)  # where a step ends at the mode, its slope is that of the mode
+        a, half_log_det = solved(f)
+        f = kernel @ a
+        logits = fixed + f
+        nats = rows.target * jax.nn.softplus(-logits) + (1 - rows.target) * jax.nn.softplus(logits)
+        return 0.5 * a @ f + jnp.sum(rows.weight * nats) + half_log_det
+
+    return jnp.sum(jax.vmap(one)(kernel, rows))
 
 
 def prior_table(model: Residual, *, users: int = 0, communities: int = 0) -> Users:
