@@ -32,7 +32,7 @@ from pluralprefs.adapting import adapt_units
 from pluralprefs.data.episodes import episode_epoch, episode_indices
 from pluralprefs.fitting import Fitted, Rows, gathered, padded, row_log_odds, strangers, take
 from pluralprefs.hosts import everywhere
-from pluralprefs.models.residual import Residual
+from pluralprefs.models.residual import OTHERS, Residual
 from pluralprefs.pooling import Base, folds_by
 from pluralprefs.train import episode_loss, episode_nats, init_state, make_epoch_step, make_train_step
 from pluralprefs.training import Report, Training, staying
@@ -87,7 +87,8 @@ def fit_inferred(
                         batch_size=batch_size, seed=seed, report=report,
                         apart="item" if pooled.cross_fit == "item" else "pair")  # fmt: skip
         part, near = judges(judged, held, pooled)
-        chosen, done = train(model.family, take(judged, part), epochs=epochs, held=near, notes=notes,
+        shown = take(judged, part)
+        chosen, done = train(model.family, shown, epochs=epochs, held=near, notes=notes,
                              folder=checkpoints and checkpoints / "held-out")  # fmt: skip
         met = None if items.index is None else np.asarray(items.index) >= 0
         away = far_judges(judged, held, near, pooled, met)
@@ -95,12 +96,12 @@ def fit_inferred(
             part, far, strange = away
             offset = row_log_odds(*population(~strange), items, strangers(far.rows)).astype(np.float32)
             far = far._replace(rows=far.rows.replace(offset=offset))
-            stranger, _ = train(model.family, take(judged, part), epochs=done,
-                                folder=checkpoints and checkpoints / "far")  # fmt: skip
-            away = settled(model, stranger, items, rows), far
-        model = trusted(settled(model, chosen, items, rows), items, notes, near, away)
+            others = take(judged, part)
+            stranger, _ = train(model.family, others, epochs=done, folder=checkpoints and checkpoints / "far")
+            away = settled(model, stranger, items, others), far
+        model = trusted(settled(model, chosen, items, shown), items, notes, near, away)
         family, _ = train(model.family, judged, epochs=done, folder=checkpoints and checkpoints / "all")
-        model = settled(model, family, items, rows)
+        model = settled(model, family, items, judged)
     return _table(model, items, rows, pooled, users, communities, notes)
 
 
@@ -115,8 +116,16 @@ def out_of_fold(population: Base, items: Item, rows: Rows, pooled: Pooled) -> np
 
 
 def settled(model: Residual, family: Any, items: Item, rows: Rows) -> Residual:
-    """The residual with a trained family and the prior user that it infers from no shots."""
-    return model.replace(family=family, prior=family.infer_user(gathered(items, padded(rows, np.array([-1])))).mean)
+    """The residual with a trained family, the prior user that it infers from no shots, and some of the users of `rows`,
+    each from as many shots as an episode has."""
+    user = np.where(np.asarray(rows.weight) > 0, np.asarray(rows.user), -1)
+    known = np.random.default_rng(0).permutation(np.unique(user[user >= 0]))
+    lines = np.full((OTHERS + 1, SHOTS), -1)  # the last has shown nothing
+    for line, one in zip(lines, np.resize(known, OTHERS if len(known) else 0), strict=False):
+        own = np.random.default_rng(one).permutation(np.flatnonzero(user == one))[:SHOTS]
+        line[: len(own)] = own
+    found = jax.jit(jax.vmap(family.infer_user))(gathered(items, padded(rows, lines))).mean
+    return model.replace(family=family, prior=take(found, -1), others=take(found, slice(OTHERS)))
 
 
 def _train(

@@ -4,8 +4,8 @@ Held-out users show shots and are asked about other comparisons of theirs; `judg
 
     trust    the factor of the inferred shift that loses the fewest nats, drawn towards 0 as far as the users disagree
              about it: trust * max(0, 1 - (standard error / trust)^2), so that noise is not trusted
-    spread   how far users depart from what is then predicted: each user's weights on the encoded response deviate by
-             N(0, spread^2 I), as far as what the answers of one user have in common says: of the most evidence
+    spread   how far users depart from what is then predicted, in directions in which users of the training differ, as
+             what the answers of one user have in common says: that of the most evidence
     scale    how much sharper one user is than the mean over users that a prediction is, learned with the spread
 
 What shots of responses that training does not know say is judged apart (`far_judges`).
@@ -26,7 +26,7 @@ from scipy.sparse.csgraph import connected_components
 
 from pluralprefs.adapting import adapt_and_predict
 from pluralprefs.data.episodes import episode_indices
-from pluralprefs.fitting import Rows, padded, step_up, take
+from pluralprefs.fitting import Rows, at, padded, step_up, take
 from pluralprefs.models.residual import Residual
 from pluralprefs.pooling import items_apart, validation_nats
 from pluralprefs.types import Item
@@ -189,7 +189,7 @@ def _judged(model: Residual, items: Item, judging: Judging, notes: dict[str, Any
             learned.append(learned[-1])
             continue
         factor = borne_out(found) if count else 0.0
-        learned.append((factor, *left_open(found, factor, items)))
+        learned.append((factor, *left_open(found, factor)))
         enough_for = count
     many = min(int(np.unique(np.asarray(rows.user), return_counts=True)[1].max()), MANY)
     shown_of_many = many * (0.75 if isinstance(asked, str) and asked == "pair" else 0.5)
@@ -203,7 +203,7 @@ def _judged(model: Residual, items: Item, judging: Judging, notes: dict[str, Any
             nats = {name: validation_nats(part.offset + factor[name] * part.shift, np.zeros(1), part.rows)
                     for name, part in shown.items()}  # fmt: skip
             best = min(nats, key=nats.__getitem__)
-            at_all = factor[best], *left_open(shown[best], factor[best], items)
+            at_all = factor[best], *left_open(shown[best], factor[best])
             most, last = arms[best], max(last, shown_of_many)
             notes["validation_nll_of_shots"] = {str(name): value for name, value in nats.items()}
     trust, scale, spread = np.array([*learned, at_all]).T
@@ -213,12 +213,14 @@ def _judged(model: Residual, items: Item, judging: Judging, notes: dict[str, Any
 
 
 class Asked(NamedTuple):
-    """Comparisons that users are asked about: the shift that shots make, log-odds without it, and whose draw it is."""
+    """Comparisons that users are asked about: the shift that shots make, log-odds without it, whose draw it is, and how
+    users of the training differ about it."""
 
     shift: Float[np.ndarray, " asked"]
     offset: Float[np.ndarray, " asked"]
     rows: Rows
     unit: Int[np.ndarray, " asked"]
+    apart: Float[np.ndarray, "asked others"]
 
 
 def _shown(model: Residual, items: Item, judging: Judging, count: int, *, least: int) -> Asked:
@@ -240,7 +242,19 @@ def _shown(model: Residual, items: Item, judging: Judging, count: int, *, least:
     asked_flat = picked.replace(offset=np.zeros_like(picked.offset))  # shots keep theirs, which are out of fold
     shift, _ = adapt_and_predict(alone, prior_table(alone), items, take(rows, support[support >= 0]), units[0],
                                  asked_flat, units[1])  # fmt: skip
-    return Asked(shift, np.asarray(picked.offset, float), picked, units[1])
+    index = np.pad(np.arange(len(units[1])), (0, step_up(len(units[1])) - len(units[1])), constant_values=-1)
+    apart = np.asarray(_differences(model, items, padded(picked, index)))[: len(units[1])]
+    return Asked(shift, np.asarray(picked.offset, float), picked, units[1], apart)
+
+
+@jax.jit
+def _differences(model: Residual, items: Item, rows: Rows) -> Float[Array, "rows others"]:
+    user = model.init_user() | {"spread": jnp.ones(())}
+
+    def one(row: Rows) -> Float[Array, " others"]:
+        return model.left_open(user, at(items, row.first)) - model.left_open(user, at(items, row.second))
+
+    return jax.lax.map(one, rows, batch_size=1024)
 
 
 def borne_out(found: Asked, most: float = 4.0) -> float:
@@ -266,11 +280,11 @@ def borne_out(found: Asked, most: float = 4.0) -> float:
     return float(best.x * max(0.0, 1 - (error / best.x) ** 2))
 
 
-def left_open(found: Asked, factor: float, items: Item) -> tuple[float, float]:
+def left_open(found: Asked, factor: float) -> tuple[float, float]:
     """Scale of what is predicted and spread of users about it: those of the most evidence.
 
-    What is predicted is the mean of a Gaussian process over a user's answers, whose kernel are the products of the
-    encoded differences, and each draw is a user. Nothing is open where the answers say so.
+    What is predicted is the mean of a Gaussian process over a user's answers, whose kernel says how users of the
+    training differ, and each draw is a user. Nothing is open where the answers say so, or where these do not differ.
     """
     draws, unit = np.unique(found.unit, return_inverse=True)
     if not len(draws):
@@ -282,9 +296,10 @@ def left_open(found: Asked, factor: float, items: Item) -> tuple[float, float]:
         line[: len(own)] = own
     predicted = (found.offset + factor * found.shift).astype(np.float32)
     rows = padded(found.rows.replace(offset=predicted), lines)
-    apart = np.asarray(items.embedding)[rows.first] - np.asarray(items.embedding)[rows.second]
-    unit_spread = 1 / max(float(np.median(np.linalg.norm(apart, axis=-1)[lines >= 0])), 1e-6)  # about one of log-odds
-    kernel = unit_spread**2 * np.einsum("uid,ujd->uij", apart, apart)
+    apart = found.apart[np.maximum(lines, 0)]
+    usual = float(np.sqrt((found.apart**2).sum(1).mean()))
+    unit_spread = 1 / usual if usual > 1e-6 else 0.0  # about one of log-odds
+    kernel = np.float32(unit_spread**2) * np.einsum("uiv,ujv->uij", apart, apart)
     best: Any = minimize(_lost, np.zeros(2), args=(kernel, rows), jac=True, method="L-BFGS-B", tol=1e-5,
                          bounds=[(-1.6, 1.6), (-5.0, 3.5)])  # fmt: skip
     scale, spread = np.exp(best.x)
@@ -292,13 +307,13 @@ def left_open(found: Asked, factor: float, items: Item) -> tuple[float, float]:
 
 
 def _lost(logarithms: np.ndarray, kernel: np.ndarray, rows: Rows) -> tuple[float, np.ndarray]:
-    nats, slope = _nats(jnp.asarray(logarithms, jnp.float32), kernel, rows)
+    nats, slope = lost_evidence(jnp.asarray(logarithms, jnp.float32), kernel, rows)
     return float(nats), np.asarray(slope, float)
 
 
 @jax.jit
 @jax.value_and_grad
-def _nats(logarithms: Float[Array, 2], kernel: Float[Array, "users rows rows"], rows: Rows) -> Float[Array, ""]:
+def lost_evidence(logarithms: Float[Array, 2], kernel: Float[Array, "users rows rows"], rows: Rows) -> Float[Array, ""]:
     """Minus the log evidence of a scale and a spread, by Laplace's method (Rasmussen and Williams 2006, 3.1)."""
     scale, spread = jnp.exp(logarithms)
 

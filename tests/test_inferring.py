@@ -19,7 +19,7 @@ from pluralprefs.asking import suggest
 from pluralprefs.choosing import neighbours
 from pluralprefs.data.episodes import episode_indices
 from pluralprefs.data.files import DataError
-from pluralprefs.fitting import take
+from pluralprefs.fitting import padded, take
 from pluralprefs.inferring import fit_inferred, settled
 from pluralprefs.launch import fit
 from pluralprefs.likelihoods import Logistic, pooled_mean
@@ -39,6 +39,7 @@ from pluralprefs.trust import (
     held_out,
     judges,
     left_open,
+    lost_evidence,
     prior_table,
     trusted,
 )
@@ -237,7 +238,10 @@ def test_what_shots_leave_open_is_one_gaussian_deviation_a_user():
     posterior = infer_user(model, SHOTS, table)
     a, b = np.array([0, 1, 2]), np.array([3, 5, 4])
     asked = rows(pick(X, a), pick(X, b), np.ones(3))
-    apart = 0.3 * (E[a] - E[b])  # four shots: the spread of two and more
+    rewards = np.array([[float(model.family.reward(jax.tree.map(lambda x, v=v: x[v], model.others), pick(X, y)))
+                         for v in range(5)] for y in range(6)])  # fmt: skip
+    rewards = (rewards - rewards.mean(1, keepdims=True)) / np.sqrt(5)
+    apart = 0.3 * (rewards[a] - rewards[b])  # four shots: the spread of two and more
     joint = jax.jit(predict_jointly)(model, table, posterior, asked)
     np.testing.assert_allclose(joint.plus @ joint.plus.T - joint.minus @ joint.minus.T, apart @ apart.T, rtol=1e-4)
     for i in range(3):
@@ -262,18 +266,34 @@ def asked_of(users, per_user, spread, scale=1.0, shift=0.0, seed=0):
     truth = scale * (known + shift * moved) + (own * (E[first] - E[second])).sum(1)
     target = draw.random(len(unit)) < 1 / (1 + np.exp(-truth))
     table = jax.tree.map(np.asarray, rows(first, second, target)).replace(user=unit.astype(np.int32))
-    return Asked(moved, known, table, unit)
+    return Asked(moved, known, table, unit, E[first] - E[second])
 
 
 def test_the_spread_of_users_about_what_is_predicted_is_recovered():
-    scale, spread = left_open(asked_of(300, 30, spread=0.7, scale=1.5), 0.0, X)
+    asked = asked_of(300, 30, spread=0.7, scale=1.5)
+    scale, spread = left_open(asked, 0.0)
     assert spread == pytest.approx(0.7, rel=0.15)
     assert scale == pytest.approx(1.5, rel=0.1)
-    assert left_open(asked_of(300, 30, spread=0.0), 0.0, X) == (pytest.approx(1, abs=0.1), pytest.approx(0, abs=0.1))
-    gaps = asked_of(300, 30, spread=0.7, scale=1.5)._replace(unit=3 * np.repeat(np.arange(300), 30))
-    assert left_open(gaps, 0.0, X) == pytest.approx((scale, spread))  # draws of which nothing was asked
-    nobody = Asked(*(part[:0] for part in gaps[:2]), jax.tree.map(lambda x: x[:0], gaps.rows), gaps.unit[:0])
-    assert left_open(nobody, 0.0, X) == (1.0, 0.0)
+    assert left_open(asked_of(300, 30, spread=0.0), 0.0) == (pytest.approx(1, abs=0.1), pytest.approx(0, abs=0.1))
+    gaps = asked._replace(unit=3 * asked.unit)  # draws of which nothing was asked
+    assert left_open(gaps, 0.0) == pytest.approx((scale, spread))
+    assert left_open(asked._replace(apart=0 * asked.apart), 0.0)[1] == 0.0  # nobody differs from anybody
+    assert left_open(take(asked, slice(0)), 0.0) == (1.0, 0.0)
+
+
+def test_the_slope_of_the_evidence_is_that_of_its_differences():
+    asked = asked_of(20, 10, spread=0.7)
+    table = padded(asked.rows.replace(offset=asked.offset.astype(np.float32)), np.arange(200).reshape(20, 10))
+    apart = asked.apart.reshape(20, 10, DIM)
+    with jax.enable_x64():
+        kernel = jnp.asarray(np.einsum("uiv,ujv->uij", apart, apart))
+        wide = jax.tree.map(lambda x: jnp.asarray(x, jnp.float64) if x.dtype == np.float32 else jnp.asarray(x), table)
+        at = np.array([0.3, -0.4])
+        _, slope = lost_evidence(jnp.asarray(at), kernel, wide)
+        for axis in range(2):
+            step = 1e-4 * np.eye(2)[axis]
+            high, low = (float(lost_evidence(jnp.asarray(at + s * step), kernel, wide)[0]) for s in (1, -1))
+            assert float(slope[axis]) == pytest.approx((high - low) / 2e-4, rel=1e-4)
 
 
 def test_a_shift_is_trusted_less_the_less_sure_users_make_of_it():
@@ -329,7 +349,7 @@ def test_a_number_of_shots_that_few_have_is_trusted_as_the_number_before_it():
 
 def test_where_items_are_kept_apart_held_out_users_are_asked_about_items_that_no_training_row_has():
     draw = np.random.default_rng(0)
-    user = np.repeat(np.arange(30, dtype=np.int32), 40)
+    user = np.repeat(np.arange(200, dtype=np.int32), 40)
     first = draw.integers(0, 50, len(user)).astype(np.int32)
     second = ((first + draw.integers(1, 50, len(user))) % 50).astype(np.int32)
     table = jax.tree.map(np.asarray, rows(first, second, np.ones(len(user)), np.ones(len(user))).replace(user=user))
@@ -346,13 +366,15 @@ def test_where_items_are_kept_apart_held_out_users_are_asked_about_items_that_no
     for side in (judging.first, judging.second):
         assert asked[side[query[query >= 0]]].all()
         assert not asked[side[support[support >= 0]]].any()
+    part = take(table, np.flatnonzero(user < 30))  # six are held out: too few, and about too few items
+    assert judges(part, held_out(np.arange(30)), Pooled(cross_fit="item"))[1].asked == "item"
     everything = judges(table, held, Pooled())
     assert everything[1].asked == "pair"
     assert len(everything[0]) + len(everything[1].rows.user) == len(user)
     nothing_new = take(table, np.flatnonzero(~asked[first] | ~asked[second]))
     assert judges(nothing_new, held, Pooled(cross_fit="item"))[1].asked == "item"
     without = nothing_new.replace(weight=np.where(np.isin(nothing_new.user, held), 0.0, nothing_new.weight))
-    few = take(table, np.concatenate([np.flatnonzero(user == one)[:2] for one in range(30)]))
+    few = take(table, np.concatenate([np.flatnonzero(user == one)[:2] for one in range(200)]))
     for poor in (without, few):  # nobody can be asked about other items than are shown
         assert judges(poor, held, Pooled(cross_fit="item"))[1].asked == "pair"
 
@@ -492,9 +514,9 @@ def test_an_inferred_user_is_asked_about_what_shots_leave_open(fitted):
     for person, expected in ((user, spread[0]), (shown, np.interp(np.log(4), np.log1p(run.model.shots[0]), spread))):
         asked = suggest(person, pool, 1)
         items, pairs = run.arrays(asked)
-        embedding = np.asarray(items.embedding, float)
-        apart = np.linalg.norm(embedding[pairs.first[0]] - embedding[pairs.second[0]])
-        assert asked["log_odds_std"][0] == pytest.approx(float(expected) * apart, rel=1e-3)
+        sides = (jax.tree.map(lambda x, i=i: x[i[0]], items) for i in (pairs.first, pairs.second))
+        apart = np.subtract(*(run.model.left_open({"spread": 1.0}, side) for side in sides))
+        assert asked["log_odds_std"][0] == pytest.approx(float(expected) * np.linalg.norm(apart), rel=1e-3)
         assert asked["log_odds_std"][0] > 0.1
         assert suggest(person, pool, 1, rule="random").height == 1
         with pytest.raises(DataError, match="is no such direction"):

@@ -1,6 +1,6 @@
 """A population, and on top of it what shots say of a user: the form in which inferred users are fitted and scored.
 
-    l(u) = scale(n) {l_0 + trust(n) [f(u) - f(prior)]} + z . (e_first - e_second)        z ~ N(0, spread(n)^2 I)
+    l(u) = scale(n) {l_0 + trust(n) [f(u) - f(prior)]} + spread(n) sum_v z_v [f(v) - mean f] / sqrt(V)    z_v ~ N(0, 1)
 
 l_0 are the log-odds of a population (`population` at its state `weights`), f those of a family that infers its users
 (`family`), prior the user that it infers from no shots, n the number of shots whose weight is not 0. Without shots the
@@ -9,9 +9,9 @@ interpolated in log(1 + n), so that a user who has shown something is not served
 weight of more than `most` together, the most that validation users bore out, counts as `most`, unless these users said
 that it copes (`trust` decides).
 
-z is what shots leave open of the user: weights on the encoded response e, 0 in the mean user, whose `spread` is the
-user's uncertainty (`LeavesOpen`). What is predicted is a mean over all users who would have shown such shots; one of
-them is sharper by `scale`.
+What shots leave open of a user is another mixture of users v of the training, whose rewards differ as people do here:
+the mean user has none of it, and `spread` is how much there is of it (`LeavesOpen`). What is predicted is a mean over
+all users who would have shown such shots; one of them is sharper by `scale`.
 
 What shots say is borne out less where the family has met nothing like them, so that all of these have two rows: for
 shots of two responses that training knows (`Item.index`), and for others. A user who has shown both has the mean of the
@@ -31,6 +31,8 @@ from jaxtyping import Array, Bool, Float
 from pluralprefs.pytrees import pytree
 from pluralprefs.types import Comparisons, Item, Replaceable, UserPosterior
 
+OTHERS = 32  # users of the training, among whom a new one may be
+
 
 @pytree
 class Residual(Replaceable):
@@ -45,13 +47,16 @@ class Residual(Replaceable):
     scale: Float[Array, "2 knots"]
     spread: Float[Array, "2 knots"]
     most: Float[Array, 2]
+    others: Any
 
     @classmethod
     def init(cls, *, population: Any, family: Any, knots: int, **_: Any) -> Self:
         """The population alone: nothing that the family says is trusted yet."""
         shots = jnp.tile(jnp.arange(knots, dtype=jnp.float32), (2, 1))
         zero, one = jnp.zeros_like(shots), jnp.ones_like(shots)
-        return cls(population, population.init_user(), family, family.init_user(), shots, zero, one, zero, jnp.zeros(2))
+        prior = family.init_user()
+        others = jax.tree.map(lambda x: jnp.repeat(x[None], OTHERS, axis=0), prior)
+        return cls(population, population.init_user(), family, prior, shots, zero, one, zero, jnp.zeros(2), others)
 
     def init_user(self) -> dict[str, Any]:
         return {"state": self.family.init_user(), "trust": jnp.zeros(()), "scale": jnp.ones(()),
@@ -83,7 +88,8 @@ class Residual(Replaceable):
         return user["scale"] * (self.population.reward(self.weights, item) + user["trust"] * shift)
 
     def left_open(self, user: dict[str, Any], item: Item) -> Float[Array, " dim"]:
-        return user["spread"] * item.embedding
+        rewards = jax.vmap(self.family.reward, (0, None))(self.others, item)
+        return user["spread"] * (rewards - rewards.mean()) / jnp.sqrt(rewards.shape[0])
 
     def log_odds(self, user: dict[str, Any], first: Item, second: Item) -> Float[Array, ""]:
         return self.reward(user, first) - self.reward(user, second)
