@@ -6,7 +6,8 @@ Held-out users show shots and are asked about other comparisons of theirs; `judg
              about it: trust * max(0, 1 - (standard error / trust)^2), so that noise is not trusted
     spread   how far users depart from what is then predicted, in directions in which users of the training differ, as
              what the answers of one user have in common says: that of the most evidence
-    scale    how much sharper one user is than the mean over users that a prediction is, learned with the spread
+    scale    how much sharper one user is than the mean over users that a prediction is: with the spread it loses the
+             fewest nats
 
 What shots of responses that training does not know say is judged apart (`far_judges`).
 """
@@ -281,10 +282,12 @@ def borne_out(found: Asked, most: float = 4.0) -> float:
 
 
 def left_open(found: Asked, factor: float) -> tuple[float, float]:
-    """Scale of what is predicted and spread of users about it: those of the most evidence.
+    """Scale of what is predicted, and spread of users about it.
 
-    What is predicted is the mean of a Gaussian process over a user's answers, whose kernel says how users of the
-    training differ, and each draw is a user. Nothing is open where the answers say so, or where these do not differ.
+    The spread is that of the most evidence, with a scale of its own: what is predicted is the mean of a Gaussian
+    process over a user's answers, whose kernel says how users of the training differ, and each draw is a user. Nothing
+    is open where the answers say so, or where these do not differ. Of the scales the one is taken whose predictions,
+    averaged over what is open, lose the fewest nats.
     """
     draws, unit = np.unique(found.unit, return_inverse=True)
     if not len(draws):
@@ -302,8 +305,11 @@ def left_open(found: Asked, factor: float) -> tuple[float, float]:
     kernel = np.float32(unit_spread**2) * np.einsum("uiv,ujv->uij", apart, apart)
     best: Any = minimize(_lost, np.zeros(2), args=(kernel, rows), jac=True, method="L-BFGS-B", tol=1e-5,
                          bounds=[(-1.6, 1.6), (-5.0, 3.5)])  # fmt: skip
-    scale, spread = np.exp(best.x)
-    return float(scale), float(spread * unit_spread)
+    spread = float(np.exp(best.x[1])) * unit_spread
+    variance = spread**2 * (found.apart**2).sum(1)
+    scaled: Any = minimize_scalar(lambda scale: validation_nats(scale * predicted, variance, found.rows),
+                                  bounds=(0.0, 10.0), method="bounded")  # fmt: skip
+    return float(scaled.x), spread
 
 
 def _lost(logarithms: np.ndarray, kernel: np.ndarray, rows: Rows) -> tuple[float, np.ndarray]:
