@@ -287,7 +287,8 @@ def left_open(found: Asked, factor: float) -> tuple[float, float]:
     The spread is that of the most evidence, with a scale of its own: what is predicted is the mean of a Gaussian
     process over a user's answers, whose kernel says how users of the training differ, and each draw is a user. Nothing
     is open where the answers say so, or where these do not differ. Of the scales the one is taken whose predictions,
-    averaged over what is open, lose the fewest nats.
+    averaged over what is open, lose the fewest nats; none below 1, which would say that the population is wrong, and
+    not that users differ.
     """
     draws, unit = np.unique(found.unit, return_inverse=True)
     if not len(draws):
@@ -308,7 +309,7 @@ def left_open(found: Asked, factor: float) -> tuple[float, float]:
     spread = float(np.exp(best.x[1])) * unit_spread
     variance = spread**2 * (found.apart**2).sum(1)
     scaled: Any = minimize_scalar(lambda scale: validation_nats(scale * predicted, variance, found.rows),
-                                  bounds=(0.0, 10.0), method="bounded")  # fmt: skip
+                                  bounds=(1.0, 10.0), method="bounded")  # fmt: skip
     return float(scaled.x), spread
 
 
