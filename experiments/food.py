@@ -48,13 +48,12 @@ palette = every_family(
     **shared, attributes=partial(encoders.load, "attributes"), users=Pooled(levels=("user",), gain=False),
     save_users=True,
 )  # fmt: skip
-# Pairs of one ordering are not independent, and those of two orderings that share dishes follow from each other. So
-# what is chosen, learned out of fold or asked of users held out is about dishes that the fit, or the shots, did not
-# have; and where users have no effect of single dishes, how far to trust their pairs is chosen so.
-tempered = ("low_rank", "lore", "ideal_point", "ideal_direction", "bradley_terry_mlp")
-base = {
-    name: replace(one, users=replace(one.users, cross_fit=one.users.cross_fit and "item", folds=3,
-                                     temper=(1.0, 0.3, 0.1, 0.03) if name in tempered else (1.0,)))
-    for name, one in every_family(**shared).items()
-}  # fmt: skip
-experiments = base | {"attribute_attention": palette["attribute_attention"]}
+base = every_family(**shared) | {"attribute_attention": palette["attribute_attention"]}
+# A full covariance trusts the dependent pairs of one ordering most: validation rows choose how far.
+tempered = replace(base["low_rank"].users, temper=(1.0, 0.3, 0.1, 0.03))
+# Shots and questions of families that infer their users share no dish, so that half of an answer is not in a shot.
+inferred = {
+    name: replace(base[name], users=replace(base[name].users, cross_fit="item", folds=3))
+    for name in ("fast_weights", "variational", "swap_symmetric", "neural_process", "meta_reward", "set_pooled")
+}
+experiments = base | inferred | {"low_rank": replace(base["low_rank"], users=tempered)}

@@ -46,7 +46,7 @@ from pluralprefs.models.neural_process import NeuralProcess
 from pluralprefs.models.residual import Residual
 from pluralprefs.models.set_pooled import SetPooled
 from pluralprefs.models.variational import Variational
-from pluralprefs.pooling import fit_pooled, half_fits, independent, shared_variance, tempered_population
+from pluralprefs.pooling import fit_pooled, half_fits, shared_variance, tempered_population
 from pluralprefs.profiles import preference_variance
 from pluralprefs.train import attribute_dropout
 from pluralprefs.training import Report, Together, gradient_bases, temperature_scale
@@ -397,8 +397,6 @@ def fit_seed(
     train = take(prepared.rows, np.flatnonzero(np.isin(cell, TRAINING)))
     validation = take(prepared.rows, np.flatnonzero(cell == "validation"))
     model = new_model(experiment, prepared, seed)
-    if experiment.refit and experiment.users.cross_fit == "item" and len(validation.target):
-        train, validation = independent(train, validation)
     if isinstance(model, Residual):
         rows = take(prepared.rows, np.flatnonzero(np.isin(cell, FINAL))) if experiment.refit else train
         return _fit_inferred(experiment, prepared, model, train, validation, rows, seed, checkpoints,

@@ -16,7 +16,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Bool
 from scipy.optimize import minimize_scalar
 
 from pluralprefs.adapt import neutral_size
@@ -37,7 +36,6 @@ from pluralprefs.fitting import (
 from pluralprefs.types import Item, LinearInUser
 from pluralprefs.users import Pooled, Users, neutral, part_names
 
-NEW_ITEMS = 30  # per cent of the items, where some are kept apart
 ENOUGH = 10_000  # users that teach the strength of all
 
 
@@ -78,34 +76,6 @@ def folds_by(kind: str, rows: Rows, count: int) -> list[Fold]:
             if predict.any():
                 found.append((i != j, Fold(predict, ~np.isin(a, (i, j)) & ~np.isin(b, (i, j)))))
     return [fold for _, fold in sorted(found, key=lambda entry: entry[0])]  # both items in one part first
-
-
-def items_apart(count: int) -> Bool[np.ndarray, " items"]:
-    """Which of so many items are kept apart from the others: `NEW_ITEMS` per cent, by a hash."""
-    return np.array([_hash(f"new item|{i}") % 100 < NEW_ITEMS for i in range(count)], bool)
-
-
-def independent(train: Rows, validation: Rows) -> tuple[Rows, Rows]:
-    """Training and validation rows where no user is asked about a response that the user has shown.
-
-    As they are where that holds already. Else pairs of one user follow from each other, and what is chosen on such rows
-    serves no new response: both are parted anew, into pairs of kept items and pairs of items kept apart.
-    """
-
-    def shown(rows: Rows) -> np.ndarray:
-        known = np.asarray(rows.user) >= 0
-        return np.unique(np.concatenate([np.stack([rows.user, side], 1)[known] for side in (rows.first, rows.second)]),
-                         axis=0)  # fmt: skip
-
-    met = np.concatenate([shown(train), shown(validation)])
-    if len(np.unique(met, axis=0)) == len(met):
-        return train, validation
-    rows = jax.tree.map(lambda *sides: np.concatenate(sides), train, validation)
-    new = items_apart(int(max(rows.first.max(), rows.second.max())) + 1)
-    of_new = new[rows.first].astype(int) + new[rows.second]
-    if not (of_new == 0).any() or not (of_new == 2).any():
-        return train, validation
-    return take(rows, np.flatnonzero(of_new == 0)), take(rows, np.flatnonzero(of_new == 2))
 
 
 def _hash(text: str) -> int:
@@ -237,6 +207,7 @@ def _users_and_scale(
     model: Any, table: Users, items: Item, rows: Rows, pooled: Pooled, users: int, root: np.ndarray, unit: np.ndarray
 ) -> tuple[Users, np.ndarray, Moments]:
     """Learn the users' strength and, where there is a base, how sharp it is for one user, twice in turn.
+
     Of more than `ENOUGH` users a fixed sample of that many teaches both: their error is then below a per cent.
     """
     known = np.unique(unit[unit >= 0])

@@ -29,7 +29,7 @@ from pluralprefs.adapting import adapt_and_predict
 from pluralprefs.data.episodes import episode_indices
 from pluralprefs.fitting import Rows, at, padded, step_up, take
 from pluralprefs.models.residual import Residual
-from pluralprefs.pooling import items_apart, validation_nats
+from pluralprefs.pooling import validation_nats
 from pluralprefs.types import Item
 from pluralprefs.users import Pooled, Users
 
@@ -38,6 +38,7 @@ KNOTS = (0, 1, 2, 4, 8, 16, 32, 64)  # numbers of shots at which trust is learne
 MANY = 512  # shots that are tried where users have more than an episode shows
 DRAWS = 5  # of shots for each held-out user
 HELD_OUT = 20  # per cent of the training users
+NEW_ITEMS = 30  # per cent of the items, where they are kept apart
 FAR = (20, 35)  # per cent of the rows, between which groups of responses are kept from the family
 ENOUGH = 20  # users who have shown a number of shots, to learn how far it is to be trusted
 FEWEST = 2  # users to judge by; where there are fewer nothing is trusted
@@ -68,7 +69,8 @@ def judges(rows: Rows, held: np.ndarray, pooled: Pooled) -> tuple[np.ndarray, Ju
     others, aside = np.flatnonzero(usable & ~apart), take(rows, np.flatnonzero(usable & apart))
     if pooled.cross_fit != "item":
         return others, Judging(aside, "pair")
-    new = items_apart(int(max(rows.first.max(), rows.second.max())) + 1)
+    count = int(max(rows.first.max(), rows.second.max())) + 1
+    new = np.array([_hash(f"new item|{i}") % 100 < NEW_ITEMS for i in range(count)])
     fitted = others[~new[rows.first[others]] & ~new[rows.second[others]]]
     for part, judging, least in ((fitted, Judging(aside, new), ENOUGH), (others, Judging(aside, "item"), FEWEST)):
         if len(np.unique(rows.user[part])) >= FEWEST and _askable(judging) >= least:

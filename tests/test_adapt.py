@@ -1,6 +1,5 @@
 """Laplace oracles: prior, dense inverse Hessian, likelihood limit, the two routes, coverage."""
 
-import itertools
 import subprocess
 import sys
 from dataclasses import replace
@@ -20,14 +19,7 @@ from pluralprefs.fitting import CERTAIN, Fitted, _at_most, buckets, fit_strength
 from pluralprefs.models.bradley_terry import BradleyTerry
 from pluralprefs.models.ideal_point import IdealPoint
 from pluralprefs.newton import AWAY, Judgements, newton, newton_by_coordinates
-from pluralprefs.pooling import (
-    fit_pooled,
-    half_fits,
-    independent,
-    population_by_newton,
-    residual_variance,
-    shared_variance,
-)
+from pluralprefs.pooling import fit_pooled, half_fits, population_by_newton, residual_variance, shared_variance
 from pluralprefs.types import Item
 from pluralprefs.users import Pooled, Users, apply_root, part_names, ravel
 
@@ -504,24 +496,3 @@ def test_shared_variance_is_a_quarter_of_the_squared_difference_of_halves():
     assert shared_variance([], items) == 0.0
     assert (masks[0] == ~masks[1]).all()
     assert all(len(set(masks[0][unit == u])) == 1 for u in range(users))
-
-
-def test_what_is_chosen_is_chosen_on_pairs_that_follow_from_none_that_the_user_has_shown():
-    draw = np.random.default_rng(0)
-    pairs = [(user, a, b) for user in range(20) for a, b in itertools.combinations(draw.permutation(40)[:10], 2)]
-    user, first, second = np.array(pairs, np.int32).T
-    table = jax.tree.map(np.asarray, rows(first, second, np.ones(len(user)))).replace(user=user)
-    held = draw.random(len(user)) < 0.1  # pairs of an ordering, whose other pairs are in training
-    given = take(table, np.flatnonzero(~held)), take(table, np.flatnonzero(held))
-    train, validation = independent(*given)
-    items = [set(part.first) | set(part.second) for part in (train, validation)]
-    assert not items[0] & items[1]
-    assert 0.3 * len(user) < len(train.user) < 0.7 * len(user)
-    assert len(validation.user) > 0.04 * len(user)
-    again = independent(train, validation)
-    assert again[0] is train
-    assert again[1] is validation
-    strangers = train, validation.replace(user=np.full_like(validation.user, -1))  # nobody's pairs follow from nothing
-    assert independent(*strangers)[1] is strangers[1]
-    one = take(table, np.flatnonzero(user == 0)[:2])  # too little to be parted
-    assert independent(one, one) == (one, one)
