@@ -264,7 +264,7 @@ def borne_out(found: Asked, most: float = 4.0) -> float:
     """The factor in [0, most] of a shift that users bear out.
 
     The one that loses the fewest nats, times the positive part of 1 - (standard error / factor)^2 (James and Stein
-    1961): what half of the users would not say again is not trusted. The error is that of the slope over users.
+    1961): 0 where other users might as well bear out nothing. The error is that of the loss's slope over users.
     """
     users, own = np.unique(found.rows.user, return_inverse=True)
     weight, target = np.asarray(found.rows.weight, float), np.asarray(found.rows.target, float)
@@ -296,9 +296,9 @@ def left_open(found: Asked, factor: float) -> tuple[float, float]:
     if not len(draws):
         return 1.0, 0.0
     chosen = np.sort(np.random.default_rng(0).permutation(len(draws))[:MOST_DRAWS])
-    lines = np.full((step_up(len(chosen)), step_up(int(np.bincount(unit).max()))), -1)  # few shapes to compile
+    lines = np.full((min(step_up(len(chosen)), MOST_DRAWS), SHOTS), -1)  # few shapes to compile
     for line, draw in zip(lines, chosen, strict=False):
-        own = np.flatnonzero(unit == draw)
+        own = np.flatnonzero(unit == draw)  # a draw asks no more
         line[: len(own)] = own
     predicted = (found.offset + factor * found.shift).astype(np.float32)
     rows = padded(found.rows.replace(offset=predicted), lines)
@@ -317,6 +317,8 @@ def left_open(found: Asked, factor: float) -> tuple[float, float]:
 
 def _lost(logarithms: np.ndarray, kernel: np.ndarray, rows: Rows) -> tuple[float, np.ndarray]:
     nats, slope = lost_evidence(jnp.asarray(logarithms, jnp.float32), kernel, rows)
+    if not np.isfinite(nats) or not np.isfinite(slope).all():  # steps that ran away: this is not the place
+        return 1e12, np.zeros(2)
     return float(nats), np.asarray(slope, float)
 
 
