@@ -43,9 +43,10 @@ from pluralprefs.fitting import (
     take,
 )
 from pluralprefs.newton import Judgements
-from pluralprefs.types import Comparisons, InfersUser, Item, LinearInUser, UserPosterior
+from pluralprefs.types import Comparisons, InfersUser, Item, LeavesOpen, LinearInUser, UserPosterior
 from pluralprefs.users import Deviation, Users, gather, neutral, ravel
 
+UNITS_AT_ONCE = 256  # of a family that reads many rewards a row
 _NODES, _MASSES = np.polynomial.hermite_e.hermegauss(32)
 _MASSES = _MASSES / _MASSES.sum()  # quadrature of a standard normal
 
@@ -67,6 +68,8 @@ def _predict(model: Any, users: Users, items: Item, posterior: UserPosterior, qu
     def unit(p: UserPosterior, rows: Rows) -> tuple[Array, Array]:
         return jax.vmap(lambda row: predict(model, users, p, row))(gathered(items, rows))
 
+    if isinstance(model, LeavesOpen):  # many rewards a row: not all units at once
+        return jax.lax.map(lambda one: unit(*one), (posterior, query), batch_size=UNITS_AT_ONCE)
     return jax.vmap(unit)(posterior, query)
 
 

@@ -263,8 +263,8 @@ def _differences(model: Residual, items: Item, rows: Rows) -> Float[Array, "rows
 def borne_out(found: Asked, most: float = 4.0) -> float:
     """The factor in [0, most] of a shift that users bear out.
 
-    The one that loses the fewest nats, times the positive part of 1 - (standard error / factor)^2 (James and Stein
-    1961): 0 where other users might as well bear out nothing. The error is that of the loss's slope over users.
+    The one that loses the fewest nats, times the positive part of 1 - (standard error / factor)^2 (the garrote of
+    Breiman 1995): 0 where other users might as well bear out nothing. The error is that of the loss's slope over users.
     """
     users, own = np.unique(found.rows.user, return_inverse=True)
     weight, target = np.asarray(found.rows.weight, float), np.asarray(found.rows.target, float)
