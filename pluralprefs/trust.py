@@ -231,9 +231,10 @@ def _shown(model: Residual, items: Item, judging: Judging, count: int, *, least:
 
     Users who have fewer than `least` to show are left out.
     """
-    (rows, apart), given, questions = judging, [], []
+    (rows, kept_apart), given, questions = judging, [], []
     for draw in range(DRAWS):
-        lines = episode_indices(np.random.default_rng(draw), rows, max(count, SHOTS), SHOTS, exactly=True, apart=apart)
+        lines = episode_indices(np.random.default_rng(draw), rows, max(count, SHOTS), SHOTS, exactly=True,
+                                apart=kept_apart)  # fmt: skip
         shown, query = lines[0][:, :count], lines[1]
         enough = (shown >= 0).sum(1) >= least
         given.append(shown[enough])
@@ -241,7 +242,8 @@ def _shown(model: Residual, items: Item, judging: Judging, count: int, *, least:
     support, query = np.concatenate(given), np.concatenate(questions)
     units = [np.broadcast_to(np.arange(len(part))[:, None], part.shape)[part >= 0] for part in (support, query)]
     picked = take(rows, query[query >= 0])
-    alone = model.replace(weights=jax.tree.map(jnp.zeros_like, model.weights))
+    # The shift alone is asked for; of what is left open, which is much work, one direction is computed, which is 0.
+    alone = model.replace(weights=jax.tree.map(jnp.zeros_like, model.weights), others=take(model.others, slice(1)))
     asked_flat = picked.replace(offset=np.zeros_like(picked.offset))  # shots keep theirs, which are out of fold
     shift, _ = adapt_and_predict(alone, prior_table(alone), items, take(rows, support[support >= 0]), units[0],
                                  asked_flat, units[1])  # fmt: skip

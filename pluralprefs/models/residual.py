@@ -4,10 +4,10 @@
 
 l_0 are the log-odds of a population (`population` at its state `weights`), f those of a family that infers its users
 (`family`), prior the user that it infers from no shots, n the number of shots whose weight is not 0. Without shots the
-log-odds are the population's. `trust` is how much of the shift validation users bore out at `shots` many shots,
-interpolated in log(1 + n), so that a user who has shown something is not served worse than one who has shown nothing. A
-weight of more than `most` together, the most that validation users bore out, counts as `most`, unless these users said
-that it copes (`trust` decides).
+log-odds are the population's, times `scale`. `trust` is how much of the shift validation users bore out at `shots` many
+shots, interpolated in log(1 + n), so that a user who has shown something is not served worse than one who has shown
+nothing. A weight of more than `most` together, the most that validation users bore out, counts as `most`, unless these
+users said that it copes (`trust` decides).
 
 What shots leave open of a user is another mixture of users v of the training, whose rewards differ as people do here:
 the mean user has none of it, and `spread` is how much there is of it (`LeavesOpen`). What is predicted is a mean over
@@ -87,7 +87,7 @@ class Residual(Replaceable):
         shift = self.family.reward(user["state"], item) - self.family.reward(self.prior, item)
         return user["scale"] * (self.population.reward(self.weights, item) + user["trust"] * shift)
 
-    def left_open(self, user: dict[str, Any], item: Item) -> Float[Array, " dim"]:
+    def left_open(self, user: dict[str, Any], item: Item) -> Float[Array, " others"]:
         rewards = jax.vmap(self.family.reward, (0, None))(self.others, item)
         return user["spread"] * (rewards - rewards.mean()) / jnp.sqrt(rewards.shape[0])
 
