@@ -165,7 +165,8 @@ def main(folder: Path, root: Path, community: str, seeds: tuple[int, ...]) -> No
         console.print(f"{row['cell']}@{row['shots']} {row['control'] or ''} {row['metric']} {row['value']:.4f} "
                       f"[{row['ci_low']:.4f}, {row['ci_high']:.4f}]", highlight=False)  # fmt: skip
     without = {"model": partial(BradleyTerry.init, item_effects=False), "users": attention["users"]}
-    plain = run(Experiment(name="without attributes", controls=False, **{**without, **shared}), root=root, table=votes)
+    plain = run(Experiment(name="without attributes", controls=False, seeds=seeds, **{**without, **shared}), root=root,
+                table=votes)  # fmt: skip
     difference(found.folder.table("predictions"), plain.folder.table("predictions"))
     reasons(community, weights)
     spread = np.abs(weights.filter(kind="preference")["mean"].to_numpy()).mean()

@@ -36,9 +36,12 @@ from pluralprefs.models.residual import OTHERS, Residual
 from pluralprefs.pooling import Base, folds_by
 from pluralprefs.train import episode_loss, episode_nats, init_state, make_epoch_step, make_train_step
 from pluralprefs.training import Report, Training, staying
-from pluralprefs.trust import SHOTS, Apart, Judging, far_judges, held_out, judges, prior_table, trusted
+from pluralprefs.trust import SHOTS, Apart, Judging, differences, far_judges, held_out, judges, prior_table, trusted
 from pluralprefs.types import Episode, Item, Params, Reduction
 from pluralprefs.users import Pooled
+
+ASKED = 2000  # rows by which it is known how much users of the training differ
+LEAST = 0.01  # of log-odds: users who differ less differ by chance
 
 
 def fit_inferred(
@@ -117,7 +120,7 @@ def out_of_fold(population: Base, items: Item, rows: Rows, pooled: Pooled) -> np
 
 def settled(model: Residual, family: Any, items: Item, rows: Rows) -> Residual:
     """The residual with a trained family, the prior user that it infers from no shots, and some of the users of `rows`,
-    each from as many shots as an episode has."""
+    each from as many shots as an episode has, in a unit in which these differ by about one of log-odds."""
     user = np.where(np.asarray(rows.weight) > 0, np.asarray(rows.user), -1)
     known = np.random.default_rng(0).permutation(np.unique(user[user >= 0]))
     lines = np.full((OTHERS + 1, SHOTS), -1)  # the last has shown nothing
@@ -125,7 +128,10 @@ def settled(model: Residual, family: Any, items: Item, rows: Rows) -> Residual:
         own = np.random.default_rng(one).permutation(np.flatnonzero(user == one))[:SHOTS]
         line[: len(own)] = own
     found = jax.jit(jax.vmap(family.infer_user))(gathered(items, padded(rows, lines))).mean
-    return model.replace(family=family, prior=take(found, -1), others=take(found, slice(OTHERS)))
+    model = model.replace(family=family, prior=take(found, -1), others=take(found, slice(OTHERS)), unit=jnp.ones(()))
+    some = np.random.default_rng(0).permutation(np.flatnonzero(user >= 0))[:ASKED]
+    usual = np.sqrt((differences(model, items, take(rows, some)) ** 2).sum(1).mean()) if len(some) else 0.0
+    return model.replace(unit=jnp.float32(1 / usual if usual > LEAST else 0.0))
 
 
 def _train(

@@ -36,7 +36,7 @@ from pluralprefs.adapt import left_open, variance
 from pluralprefs.adapting import adapt_units, predict_seen
 from pluralprefs.fitting import Fitted, Rows, gathered, strangers, take
 from pluralprefs.intervals import estimate_mean
-from pluralprefs.types import Comparisons, Covariance, Item, LeavesOpen, UserPosterior
+from pluralprefs.types import Comparisons, Covariance, Item, UserPosterior
 from pluralprefs.users import Deviation, Users, deviating_log_odds, gather, neutral, part_names, ravel
 
 NORMAL = 1.959964
@@ -191,13 +191,11 @@ def _slopes(
 
     found = inverse @ jax.vmap(partial(value, vector))(rows)
     gradients = inverse @ jax.vmap(lambda row: jax.grad(value)(vector, row))(rows)
-    if isinstance(model, LeavesOpen):
-        here = rows.replace(community=jnp.full_like(rows.community, community))
-        beside = inverse @ jax.vmap(lambda row: left_open(model, users, posterior, row))(here)
-        return found, jnp.sum(beside**2, axis=1)
+    here = rows.replace(community=jnp.full_like(rows.community, community))
+    beside = jnp.sum((inverse @ jax.vmap(lambda row: left_open(model, users, posterior, row))(here)) ** 2, axis=1)
     if posterior.covariance is None:
-        return found, jnp.zeros_like(found)
-    return found, jax.vmap(partial(variance, posterior.covariance))(gradients)
+        return found, beside
+    return found, beside + jax.vmap(partial(variance, posterior.covariance))(gradients)
 
 
 def community_slopes(fitted: Fitted, items: Item, count: int, rows: Rows | None = None) -> list[Slopes]:

@@ -15,6 +15,7 @@ What shots of responses that training does not know say is judged apart (`far_ju
 from __future__ import annotations
 
 import hashlib
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -44,6 +45,8 @@ ENOUGH = 20  # users who have shown a number of shots, to learn how far it is to
 FEWEST = 2  # users to judge by; where there are fewer nothing is trusted
 MOST_DRAWS = 300  # of users, to learn what is left open
 MODE_STEPS = 12  # of Newton's method
+USUAL_SCALE = 0.3  # of log(scale): what few users say of it is drawn to a scale of 1
+NO_SPREAD = -5.0  # a logarithm, below which nothing is open
 GAP = 1e-3  # of a factor, between which slopes of the loss are taken
 
 Apart = str | Bool[np.ndarray, " items"]  # what shots and questions do not share (`episode_indices`)
@@ -247,19 +250,22 @@ def _shown(model: Residual, items: Item, judging: Judging, count: int, *, least:
     asked_flat = picked.replace(offset=np.zeros_like(picked.offset))  # shots keep theirs, which are out of fold
     shift, _ = adapt_and_predict(alone, prior_table(alone), items, take(rows, support[support >= 0]), units[0],
                                  asked_flat, units[1])  # fmt: skip
-    index = np.pad(np.arange(len(units[1])), (0, step_up(len(units[1])) - len(units[1])), constant_values=-1)
-    apart = np.asarray(_differences(model, items, padded(picked, index)))[: len(units[1])]
-    return Asked(shift, np.asarray(picked.offset, float), picked, units[1], apart)
+    return Asked(shift, np.asarray(picked.offset, float), picked, units[1], differences(model, items, picked))
+
+
+def differences(model: Residual, items: Item, rows: Rows) -> Float[np.ndarray, "rows others"]:
+    """How users of the training differ about the log-odds of `rows`: `left_open` of a user whose spread is 1."""
+    sides = np.stack([rows.first, rows.second])
+    met, place = np.unique(sides, return_inverse=True)
+    index = np.pad(met, (0, step_up(len(met)) - len(met)))  # few shapes to compile
+    rewards = np.asarray(_rewards_apart(model, items, index))[place.reshape(sides.shape)]
+    return rewards[0] - rewards[1]
 
 
 @jax.jit
-def _differences(model: Residual, items: Item, rows: Rows) -> Float[Array, "rows others"]:
+def _rewards_apart(model: Residual, items: Item, index: Int[Array, " items"]) -> Float[Array, "items others"]:
     user = model.init_user() | {"spread": jnp.ones(())}
-
-    def one(row: Rows) -> Float[Array, " others"]:
-        return model.left_open(user, at(items, row.first)) - model.left_open(user, at(items, row.second))
-
-    return jax.lax.map(one, rows, batch_size=1024)
+    return jax.lax.map(lambda one: model.left_open(user, at(items, one)), index, batch_size=1024)
 
 
 def borne_out(found: Asked, most: float = 4.0) -> float:
@@ -289,14 +295,18 @@ def left_open(found: Asked, factor: float) -> tuple[float, float]:
     """Scale of what is predicted, and spread of users about it.
 
     The spread is that of the most evidence, with a scale of its own: what is predicted is the mean of a Gaussian
-    process over a user's answers, whose kernel says how users of the training differ, and each draw is a user. Nothing
-    is open where the answers say so, or where these do not differ. Of the scales the one is taken whose predictions,
-    averaged over what is open, lose the fewest nats; none below 1, which would say that the population is wrong, and
-    not that users differ.
+    process over a user's answers, whose kernel says how users of the training differ, and each draw is a user. Of the
+    scales the one is taken whose predictions, averaged over what is open, lose the fewest nats; none below 1, which
+    would say that the population is wrong, and not that users differ. Nothing is open where the answers say so, where
+    these do not differ, or where nobody answers.
+
+    Few users say little: log(scale) is normal beforehand with deviation `USUAL_SCALE`, the spread half Cauchy with
+    scale 1, in units of how the users of the training differ. The draws of one user count as one.
     """
-    draws, unit = np.unique(found.unit, return_inverse=True)
+    draws, begin, unit = np.unique(found.unit, return_index=True, return_inverse=True)
     if not len(draws):
         return 1.0, 0.0
+    user = np.asarray(found.rows.user)[begin]
     chosen = np.sort(np.random.default_rng(0).permutation(len(draws))[:MOST_DRAWS])
     lines = np.full((min(step_up(len(chosen)), MOST_DRAWS), SHOTS), -1)  # few shapes to compile
     for line, draw in zip(lines, chosen, strict=False):
@@ -304,24 +314,30 @@ def left_open(found: Asked, factor: float) -> tuple[float, float]:
         line[: len(own)] = own
     predicted = (found.offset + factor * found.shift).astype(np.float32)
     rows = padded(found.rows.replace(offset=predicted), lines)
-    apart = found.apart[np.maximum(lines, 0)]
-    usual = float(np.sqrt((found.apart**2).sum(1).mean()))
-    unit_spread = 1 / usual if usual > 1e-6 else 0.0  # about one of log-odds
-    kernel = np.float32(unit_spread**2) * np.einsum("uiv,ujv->uij", apart, apart)
-    best: Any = minimize(_lost, np.zeros(2), args=(kernel, rows), jac=True, method="L-BFGS-B", tol=1e-5,
-                         bounds=[(-1.6, 1.6), (-5.0, 3.5)])  # fmt: skip
-    spread = float(np.exp(best.x[1])) * unit_spread
+    apart = found.apart[np.maximum(lines, 0)].astype(np.float32)
+    lost = partial(_lost, np.einsum("uiv,ujv->uij", apart, apart), rows, len(chosen) / len(np.unique(user[chosen])))
+    best: Any = minimize(lost, np.zeros(2), jac=True, method="L-BFGS-B", tol=1e-5,
+                         bounds=[(-1.6, 1.6), (NO_SPREAD, 3.5)])  # fmt: skip
+    spread = float(np.exp(best.x[1])) if best.x[1] > NO_SPREAD + 0.1 and apart.any() else 0.0
     variance = spread**2 * (found.apart**2).sum(1)
-    scaled: Any = minimize_scalar(lambda scale: validation_nats(scale * predicted, variance, found.rows),
-                                  bounds=(1.0, 10.0), method="bounded")  # fmt: skip
-    return float(scaled.x), spread
+    answers = found.rows.weight.sum() / (len(draws) / len(np.unique(user)))
+
+    def nats(log_scale: float) -> float:
+        mean = validation_nats(np.exp(log_scale) * predicted, variance, found.rows)
+        return float(answers * mean + 0.5 * (log_scale / USUAL_SCALE) ** 2)
+
+    scaled: Any = minimize_scalar(nats, bounds=(0.0, np.log(10.0)), method="bounded")
+    return float(np.exp(scaled.x)), spread
 
 
-def _lost(logarithms: np.ndarray, kernel: np.ndarray, rows: Rows) -> tuple[float, np.ndarray]:
+def _lost(kernel: np.ndarray, rows: Rows, repeats: float, logarithms: np.ndarray) -> tuple[float, np.ndarray]:
+    """Minus the log posterior of a scale and a spread, and its slope; each user is there `repeats` times."""
     nats, slope = lost_evidence(jnp.asarray(logarithms, jnp.float32), kernel, rows)
     if not np.isfinite(nats) or not np.isfinite(slope).all():  # steps that ran away: this is not the place
         return 1e12, np.zeros(2)
-    return float(nats), np.asarray(slope, float)
+    scale, spread = logarithms[0] / USUAL_SCALE, np.exp(2 * logarithms[1])
+    beforehand = np.array([scale / USUAL_SCALE, 2 * spread / (1 + spread)])
+    return float(nats) / repeats + 0.5 * scale**2 + np.log1p(spread), np.asarray(slope, float) / repeats + beforehand
 
 
 @jax.jit

@@ -221,11 +221,12 @@ def _show(loaded: Run, before: AdaptedUser, after: AdaptedUser) -> None:
     for i in sorted(range(len(names)), key=lambda i: -abs(new[i] - old[i]))[:SHOWN]:
         bar = "#" * round(10 * abs(new[i]) / scale)
         side = f"{bar:>10}|{'':10}" if new[i] < 0 else f"{'':10}|{bar:10}"
-        say(f"  {names[i]:<24.24} {side} {new[i]:+.2f} (was {old[i]:+.2f}, +-{1.96 * std[i]:.2f})")
+        unsure = f", +-{1.96 * std[i]:.2f}" if std[i] == std[i] else ""
+        say(f"  {names[i]:<24.24} {side} {new[i]:+.2f} (was {old[i]:+.2f}{unsure})")
 
 
 def _profile(loaded: Run, *states: AdaptedUser) -> tuple[list[str], tuple[np.ndarray, np.ndarray], np.ndarray]:
-    """Names, values before and after, and standard deviations of what is shown."""
+    """Names, values before and after, and standard deviations of what is shown, NaN where the user states none."""
     import jax
     import numpy as np
 
@@ -245,7 +246,7 @@ def _profile(loaded: Run, *states: AdaptedUser) -> tuple[list[str], tuple[np.nda
         own = columns[place] if parts.count(part) == len(columns) else str(place + 1)
         names.append(part if parts.count(part) == 1 else f"{part} {own}".strip())
     old, new = (np.asarray(ravel(state.posterior.mean)[0]) for state in (before, after))
-    spread = np.zeros(len(new))
+    spread = np.full(len(new), np.nan)
     if after.posterior.covariance is not None:
         root, downdate = (np.asarray(factor) ** 2 for factor in jax.tree.leaves(after.posterior.covariance))
         spread = np.maximum((root if root.ndim == 1 else root.sum(1)) - downdate.sum(0), 0.0)

@@ -26,6 +26,7 @@ from pluralprefs.likelihoods import Logistic, pooled_mean
 from pluralprefs.models.low_rank import LowRank
 from pluralprefs.models.neural_process import NeuralProcess
 from pluralprefs.models.residual import Residual
+from pluralprefs.pooling import validation_nats
 from pluralprefs.registry.files import RegistryError, load_arrays
 from pluralprefs.run import load
 from pluralprefs.trust import (
@@ -44,6 +45,7 @@ from pluralprefs.trust import (
     trusted,
 )
 from pluralprefs.users import Pooled, Users
+from pluralprefs.users_cli import _show
 
 X = items(20)
 FIRST, SECOND = np.array([0, 1, 2, 3]), np.array([1, 2, 4, 5])
@@ -277,10 +279,24 @@ def test_the_spread_of_users_about_what_is_predicted_is_recovered():
     assert left_open(asked_of(300, 30, spread=0.0), 0.0) == (pytest.approx(1, abs=0.1), pytest.approx(0, abs=0.1))
     gaps = asked._replace(unit=3 * asked.unit)  # draws of which nothing was asked
     assert left_open(gaps, 0.0) == pytest.approx((scale, spread))
+    assert left_open(asked_of(300, 30, spread=0.0), 0.0)[1] == 0.0
     same = left_open(asked._replace(apart=0 * asked.apart), 0.0)  # nobody differs from anybody
     assert same[1] == 0.0
     assert same[0] == pytest.approx(1, abs=0.01)  # a mean over users is less sharp than one of them, never sharper
     assert left_open(take(asked, slice(0)), 0.0) == (1.0, 0.0)
+
+
+def test_few_users_say_little_of_scale_and_spread():
+    big = asked_of(400, 20, spread=0.0, seed=100)
+    lost = lambda scale, spread: validation_nats(  # noqa: E731
+        scale * big.offset, spread**2 * (big.apart**2).sum(1), big.rows)  # fmt: skip
+    for users in (2, 5):
+        found = [left_open(asked_of(users, 6, spread=0.0, seed=seed), 0.0) for seed in range(12)]
+        assert np.mean([lost(*one) for one in found]) - lost(1.0, 0.0) < 0.005
+    asked = asked_of(20, 12, spread=0.7)
+    repeated = jax.tree.map(lambda x: np.concatenate([x] * 5), asked)
+    repeated = repeated._replace(unit=np.arange(100).repeat(12))  # five draws of each user, all alike
+    assert left_open(repeated, 0.0) == pytest.approx(left_open(asked, 0.0), rel=1e-3)
 
 
 def test_the_slope_of_the_evidence_is_that_of_its_differences():
@@ -508,7 +524,7 @@ def test_a_seen_user_is_inferred_from_the_training_rows(fitted):
     np.testing.assert_allclose(run.score(mine, again)["log_odds"], scores["log_odds"], rtol=1e-3, atol=1e-4)
 
 
-def test_an_inferred_user_is_asked_about_what_shots_leave_open(fitted):
+def test_an_inferred_user_is_asked_about_what_shots_leave_open(fitted, capsys):
     data, run = fitted
     user, pool = run.adapt(prior="population"), run.read(data).head(6)
     with pytest.raises(DataError, match="its only method"):
@@ -521,10 +537,14 @@ def test_an_inferred_user_is_asked_about_what_shots_leave_open(fitted):
         sides = (jax.tree.map(lambda x, i=i: x[i[0]], items) for i in (pairs.first, pairs.second))
         apart = np.subtract(*(run.model.left_open({"spread": 1.0}, side) for side in sides))
         assert asked["log_odds_std"][0] == pytest.approx(float(expected) * np.linalg.norm(apart), rel=1e-3)
-        assert asked["log_odds_std"][0] > 0.1
+        assert asked["log_odds_std"][0] > 0.01
         assert suggest(person, pool, 1, rule="random").height == 1
         with pytest.raises(DataError, match="is no such direction"):
             neighbours(person, 4)
+    _show(run, user, shown)  # a state of which no uncertainty is stated
+    printed = capsys.readouterr().out
+    assert "(was " in printed
+    assert "+-" not in printed
     certain = replace(run, model=run.model.replace(spread=0 * run.model.spread), users=run.users.replace(
         population=run.users.population | {"spread": jnp.zeros(())}))  # fmt: skip
     with pytest.raises(DataError, match='infers users, states none: choose "random"'):

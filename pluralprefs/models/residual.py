@@ -1,6 +1,6 @@
 """A population, and on top of it what shots say of a user: the form in which inferred users are fitted and scored.
 
-    l(u) = scale(n) {l_0 + trust(n) [f(u) - f(prior)]} + spread(n) sum_v z_v [f(v) - mean f] / sqrt(V)    z_v ~ N(0, 1)
+    l(u) = scale(n) {l_0 + trust(n) [f(u) - f(prior)]} + spread(n) unit sum_v z_v [f(v) - mean f] / sqrt(V)
 
 l_0 are the log-odds of a population (`population` at its state `weights`), f those of a family that infers its users
 (`family`), prior the user that it infers from no shots, n the number of shots whose weight is not 0. Without shots the
@@ -9,8 +9,9 @@ shots, interpolated in log(1 + n), so that a user who has shown something is not
 nothing. A weight of more than `most` together, the most that validation users bore out, counts as `most`, unless these
 users said that it copes (`trust` decides).
 
-What shots leave open of a user is another mixture of users v of the training, whose rewards differ as people do here:
-the mean user has none of it, and `spread` is how much there is of it (`LeavesOpen`). What is predicted is a mean over
+What shots leave open of a user is another mixture of V users v of the training, whose rewards differ as people do here
+(z_v ~ N(0, 1)): the mean user has none of it, and `spread` is how much there is of it, in log-odds, `unit` one over how
+much these users differ about comparisons of the training (`LeavesOpen`). What is predicted is a mean over
 all users who would have shown such shots; one of them is sharper by `scale`.
 
 What shots say is borne out less where the family has met nothing like them, so that all of these have two rows: for
@@ -48,6 +49,7 @@ class Residual(Replaceable):
     spread: Float[Array, "2 knots"]
     most: Float[Array, 2]
     others: Any
+    unit: Float[Array, ""]
 
     @classmethod
     def init(cls, *, population: Any, family: Any, knots: int, **_: Any) -> Self:
@@ -56,7 +58,8 @@ class Residual(Replaceable):
         zero, one = jnp.zeros_like(shots), jnp.ones_like(shots)
         prior = family.init_user()
         others = jax.tree.map(lambda x: jnp.repeat(x[None], OTHERS, axis=0), prior)
-        return cls(population, population.init_user(), family, prior, shots, zero, one, zero, jnp.zeros(2), others)
+        return cls(population, population.init_user(), family, prior, shots, zero, one, zero, jnp.zeros(2), others,
+                   jnp.ones(()))  # fmt: skip
 
     def init_user(self) -> dict[str, Any]:
         return {"state": self.family.init_user(), "trust": jnp.zeros(()), "scale": jnp.ones(()),
@@ -89,7 +92,7 @@ class Residual(Replaceable):
 
     def left_open(self, user: dict[str, Any], item: Item) -> Float[Array, " others"]:
         rewards = jax.vmap(self.family.reward, (0, None))(self.others, item)
-        return user["spread"] * (rewards - rewards.mean()) / jnp.sqrt(rewards.shape[0])
+        return user["spread"] * self.unit * (rewards - rewards.mean()) / jnp.sqrt(rewards.shape[0])
 
     def log_odds(self, user: dict[str, Any], first: Item, second: Item) -> Float[Array, ""]:
         return self.reward(user, first) - self.reward(user, second)
