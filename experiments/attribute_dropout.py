@@ -64,6 +64,17 @@ def unjudged(seed: int = WORLD, texts: int = 60) -> list[str]:
     return sorted({*more["first"], *more["second"]} - {*table["first"], *table["second"]})
 
 
+def taught(folder: Path, seed: int = WORLD) -> list[str]:
+    """What predictors can be asked about without a judgement: four times `unjudged`, and the texts that taught them.
+
+    Those are about all prompts, since the predictors are: that is how they know new ones. None is compared by anyone.
+    """
+    pairs = pl.read_parquet(folder / "pairs.parquet").filter(split="train")
+    table = comparisons(seed)
+    rewrites = {*pairs["low_text"], *pairs["high_text"]} - {*table["first"], *table["second"]}
+    return sorted(rewrites | {*unjudged(seed, texts=240)})
+
+
 def experiments(folder: Path, world: int = WORLD) -> dict[str, Experiment]:
     """The fits, by name: what the text branch reads, whether it has a stand-in, whether there is dropout."""
     shared: dict[str, Any] = {
@@ -88,6 +99,12 @@ def experiments(folder: Path, world: int = WORLD) -> dict[str, Experiment]:
             **finely,
             **stand_in,
             "unlabelled": partial(unjudged, world),
+        },
+        "1,024 anchors, stand-in, unjudged and rewrites": {
+            **attention,
+            **finely,
+            **stand_in,
+            "unlabelled": partial(taught, folder, world),
         },
         "sentences, stand-in, no dropout": {**attention, **sentences, **stand_in, "transform": None},
         "bradley_terry": {**FAMILIES["bradley_terry"], **shared, **kernel},
