@@ -12,6 +12,7 @@ kept there as they come, so that a command that was stopped is run again and goe
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -164,6 +165,7 @@ def train(
 
     from pluralprefs.attributes.accuracy import accuracy
     from pluralprefs.attributes.fitting import WIDTHS, embedder, fit_predictors
+    from pluralprefs.encoders.cache import progress_bar
 
     table = _read(folder, "pairs", "pairs")
     names = attributes.split(",") if attributes else None
@@ -171,17 +173,12 @@ def train(
         encoder = _adapted(folder, table, names, encoder, adapters, steps, seed)
     embed = embedder(encoder)
     layers, widths = (hidden,) if hidden else (), () if adapters else WIDTHS
-    found = fit_predictors(
-        table,
-        embed,
-        encoder=encoder,
-        names=names,
-        hidden=layers,
-        widths=widths,
-        width=width,
-        neutral=neutral,
-        seed=seed,
-    )
+    with progress_bar(1, "always" if sys.stderr.isatty() else False) as bar:
+        task = bar.add_task("fitting heads")
+        found = fit_predictors(
+            table, embed, encoder=encoder, names=names, hidden=layers, widths=widths, width=width, neutral=neutral,
+            seed=seed, report=lambda done, total: bar.update(task, completed=done, total=total),
+        )  # fmt: skip
     rows = accuracy(found, table, embed)
     found.save(folder / "predictors.safetensors")
     _write(folder, accuracy=rows)

@@ -265,7 +265,10 @@ def test_kernel_predictors_are_chosen_saved_and_read_back(tmp_path):
     ]  # fmt: skip
     columns = ["response_id", "attribute", "low", "high", "low_text", "high_text", "gap", "split"]
     pairs = pl.DataFrame(rows, schema=columns, orient="row")
-    predictors = fit_predictors(pairs, words, encoder="toy", widths=(0.3, 1.0), strengths=(1e-3, 1e-2))
+    told = []
+    predictors = fit_predictors(pairs, words, encoder="toy", widths=(0.3, 1.0), strengths=(1e-3, 1e-2),
+                                report=lambda *fits: told.append(fits))  # fmt: skip
+    assert told == [(1, 5), (2, 5), (3, 5), (4, 5), (5, 5)]
     assert accuracy(predictors, pairs, words).filter(gap=4)["accuracy"].min() == 1.0
     predictors.save(tmp_path / "p.safetensors")
     loaded = AttributePredictors.load(tmp_path / "p.safetensors")

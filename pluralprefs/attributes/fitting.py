@@ -16,7 +16,8 @@ all training pairs. Held-out splits are used by `accuracy` alone.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from itertools import count
 from operator import itemgetter
 from typing import NamedTuple
 
@@ -95,6 +96,7 @@ def fit_predictors(
     width: int = WIDTH,
     neutral: bool = False,
     seed: int = 0,
+    report: Callable[[int, int], None] = lambda done, total: None,
 ) -> AttributePredictors:
     """Fit predictors on the training and validation splits of `pairs.ordered_pairs`.
 
@@ -102,15 +104,18 @@ def fit_predictors(
     of the pairs, sorted. hidden: () for linear heads, (units,) for a hidden layer. widths: of the kernel over sentences
     to choose from; () reads the embedding of the whole text. width: of an attribute's embedding. neutral: whether the
     responses themselves are in the middle of every attribute, as the lexicon's answers are: then rewrites at rest are
-    equal whatever was rewritten, and not of one response alone. Raises ValueError for
-    an attribute without training pairs.
+    equal whatever was rewritten, and not of one response alone. report(done, total): told of
+    each fit of all heads. Raises ValueError for an attribute without training pairs.
     """
     options = {"hidden": tuple(hidden), "seed": seed}
     grid = [_prepare(pairs, embed, names, one, neutral, seed) for one in (widths or (None,))]
-    chosen = [_choose(data, strengths, options, always=len(grid) > 1) for data, _ in grid]
+    total, done = len(grid) * len(strengths) + 1, count(1)
+    tell = lambda: report(next(done), total)  # noqa: E731
+    chosen = [_choose(data, strengths, options, tell, always=len(grid) > 1) for data, _ in grid]
     best = int(np.argmin([nats for _, nats in chosen]))
     (data, maps), strength = grid[best], chosen[best][0]
     heads = fit_heads(data.features, data.everything.rows(), strength, data.names, **options)
+    report(total, total)
     parts = [
         _finished(data.features, heads, a, data.everything.ordered[a], data.levels[a], width)
         for a in range(len(data.names))
@@ -203,7 +208,7 @@ def _draw(rows: np.ndarray, count: int, draw: np.random.Generator) -> list[tuple
 
 
 def _choose(
-    data: Data, strengths: Sequence[float], options: dict, *, always: bool
+    data: Data, strengths: Sequence[float], options: dict, tell: Callable[[], None], *, always: bool
 ) -> tuple[Float[np.ndarray, " attributes"], float]:
     """Each attribute's strength of least validation loss (`_loss`), of equal ones the greatest, and their mean loss."""
     checked = np.array([bool(a and b) for a, b in zip(data.train.ordered, data.validation.ordered, strict=True)])
@@ -213,6 +218,7 @@ def _choose(
     for strength in grid:
         heads = fit_heads(data.features, data.train.rows(), np.full(len(data.names), strength), data.names, **options)
         losses.append([_loss(data, heads, a) for a in range(len(data.names))])
+        tell()
     best = np.argmin(losses, axis=0)
     return np.where(checked, np.asarray(grid)[best], UNCHECKED), float(np.min(losses, axis=0)[checked].mean())
 

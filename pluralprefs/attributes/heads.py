@@ -7,9 +7,10 @@ Minimised for each attribute a over its ordered pairs i, with features x of the 
 with r_a(x) = w_a . phi_a(x) and target t = 1 for an ordered pair, 1/2 for two texts that stand equal on the attribute.
 phi is the identity (Newton's method: the problem is convex) or one hidden layer tanh(V_a x + b_a) (Adam, full batch).
 PrefPalette (arXiv 2507.13541) trains one model per attribute instead. Attributes run in groups of `TOGETHER`, which
-bounds the memory; each attribute's start is drawn from its name, so that its fit depends on its own pairs and the
-features alone. Both may come from other attributes too: texts that stand equal are rewrites of those, and centre, scale
-and kernel of the features are of all texts (`fitting`).
+bounds the memory, and share products with the features of texts, of which there are fewer than pairs. Each attribute's
+start is drawn from its name, so that its fit depends on its own pairs and the features alone. Both may come from other
+attributes too: texts that stand equal are rewrites of those, and centre, scale and kernel of the features are of all
+texts (`fitting`).
 """
 
 from __future__ import annotations
@@ -28,9 +29,9 @@ from jaxtyping import Array, Float
 from pluralprefs.data.ids import stable_hash
 from pluralprefs.pytrees import pytree
 
-NEWTON_STEPS, SOLVE_STEPS = 15, 40  # a system of every Newton step is solved by products with the pairs alone
+NEWTON_STEPS, SOLVE_STEPS = 15, 40  # a system of every Newton step is solved by products alone
 ADAM_STEPS, LEARNING_RATE = 300, 1e-2
-TOGETHER = 4  # attributes at once
+TOGETHER = 32  # attributes at once
 
 
 @pytree
@@ -107,17 +108,24 @@ def nats(difference: Any, target: Any) -> Any:
 
 def _linear(features: Float[Array, "texts dim"], rows: Rows, l2: Any) -> Heads:
     """Newton's method, each system by conjugate gradients; a step is the best of 1, 1/2 and 1/4 of it."""
-    difference = features[rows.high] - features[rows.low]
     share = rows.weight / jnp.maximum(rows.weight.sum(), 1.0)
 
+    def differences(w: Array) -> Array:
+        rewards = features @ w  # of texts, not of pairs: with all attributes at once it is a product of two matrices
+        return rewards[rows.high] - rewards[rows.low]
+
+    def transposed(of_pairs: Array) -> Array:
+        of_texts = jnp.zeros(features.shape[0]).at[rows.high].add(of_pairs).at[rows.low].add(-of_pairs)
+        return of_texts @ features
+
     def objective(w: Array) -> Array:
-        return share @ nats(difference @ w, rows.target) + 0.5 * l2 * w @ w
+        return share @ nats(differences(w), rows.target) + 0.5 * l2 * w @ w
 
     def step(_: Any, w: Array) -> Array:
-        chance = jax.nn.sigmoid(difference @ w)
-        gradient = l2 * w - (share * (rows.target - chance)) @ difference
+        chance = jax.nn.sigmoid(differences(w))
+        gradient = l2 * w - transposed(share * (rows.target - chance))
         curvature = share * chance * (1 - chance)
-        newton, _ = cg(lambda v: (curvature * (difference @ v)) @ difference + l2 * v, gradient, maxiter=SOLVE_STEPS)
+        newton, _ = cg(lambda v: transposed(curvature * differences(v)) + l2 * v, gradient, maxiter=SOLVE_STEPS)
         trials = w[None] - jnp.array([[1.0], [0.5], [0.25]]) * newton[None]
         return trials[jnp.argmin(jax.vmap(objective)(trials))]
 
@@ -133,13 +141,12 @@ def _hidden(features: Float[Array, "texts dim"], rows: Rows, l2: Any, key: Any, 
         hidden=jax.random.normal(second, (dim, width)) / np.sqrt(dim),
         bias=jnp.zeros(width),
     )
-    low, high = features[rows.low], features[rows.high]
     share = rows.weight / jnp.maximum(rows.weight.sum(), 1.0)
 
     def objective(heads: Heads) -> Array:
-        reward = [jnp.tanh(x @ heads.hidden + heads.bias[None]) @ heads.weight for x in (low, high)]
+        rewards = jnp.tanh(features @ heads.hidden + heads.bias[None]) @ heads.weight
         size = sum(jnp.sum(leaf**2) for leaf in jax.tree.leaves(heads))
-        return share @ nats(reward[1] - reward[0], rows.target) + 0.5 * l2 * size
+        return share @ nats(rewards[rows.high] - rewards[rows.low], rows.target) + 0.5 * l2 * size
 
     adam = optax.adam(optax.cosine_decay_schedule(LEARNING_RATE, ADAM_STEPS))
 
