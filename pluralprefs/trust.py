@@ -45,7 +45,7 @@ ENOUGH = 20  # users who have shown a number of shots, to learn how far it is to
 FEWEST = 2  # users to judge by; where there are fewer nothing is trusted
 MOST_DRAWS = 300  # of users, to learn what is left open
 MODE_STEPS = 12  # of Newton's method
-USUAL_SCALE = 0.3  # of log(scale): what few users say of it is drawn to a scale of 1
+USUAL_SCALE = 0.5  # of log(scale): what few users say of it is drawn to a scale of 1
 NO_SPREAD = -5.0  # a logarithm, below which nothing is open
 GAP = 1e-3  # of a factor, between which slopes of the loss are taken
 

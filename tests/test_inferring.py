@@ -292,7 +292,7 @@ def test_few_users_say_little_of_scale_and_spread():
         scale * big.offset, spread**2 * (big.apart**2).sum(1), big.rows)  # fmt: skip
     for users in (2, 5):
         found = [left_open(asked_of(users, 6, spread=0.0, seed=seed), 0.0) for seed in range(12)]
-        assert np.mean([lost(*one) for one in found]) - lost(1.0, 0.0) < 0.005
+        assert np.mean([lost(*one) for one in found]) - lost(1.0, 0.0) < 0.015
     asked = asked_of(20, 12, spread=0.7)
     repeated = jax.tree.map(lambda x: np.concatenate([x] * 5), asked)
     repeated = repeated._replace(unit=np.arange(100).repeat(12))  # five draws of each user, all alike
