@@ -26,7 +26,7 @@ demo:  ## install what is needed and show the whole path on a small corpus (6 mi
 	echo "Seconds: $$((ready - begin)) installing, $$(($$(date +%s) - ready)) running."
 
 palette: $(VENV)/.ready-demo  ## from texts to community profiles beside the truth, offline, with nothing given
-	@$(BIN)/python experiments/palette.py
+	@$(BIN)/python experiments/palette.py --intervals
 
 test: lint types notebooks  ## everything that CI checks: style, types, notebooks, doctests, tests (TORCH=1: with PyTorch)
 ifeq ($(TORCH),1)

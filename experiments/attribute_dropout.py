@@ -5,11 +5,13 @@ Command: python experiments/attribute_dropout.py [--folder palette] [--fits "who
 One community of the palette's world, so that nothing is about users; frozen MiniLM reads the text. Attribute attention
 with dropout, whose text branch reads the whole response alone or its sentences too, with or without a stand-in, and
 Bradley-Terry, which sees no attributes; each is scored with the predictors and, where it has them, without.
-Result (2026-11-22, seed 0, 8,000 comparisons; LOG.md has the table and what heads): without predictors a text branch
-that reads the whole response loses 4.0 and 9.0 points with a stand-in (13 without one, 2026-11-21), one that reads
-sentences 1.4 and 2.9, and 0.3 [-0.4, 1.0] and 0.2 [-1.2, 1.7] with twice the anchors and 2,027 unjudged responses; on
-a second world the last loses 1.0 [0.2, 1.8] and 3.1 [1.4, 4.9], and with predictors beats Bradley-Terry by 2.9 [0.6,
-5.0] and 11.1 [8.4, 13.8].
+Result (seed 0, 8,000 comparisons; LOG.md has the table and what heads). Without predictors a text branch that reads
+the whole response loses 4.0 and 9.0 points (known and new prompts) with a stand-in, 13 without one; one that reads
+sentences 1.4 and 2.9. Taught by 8,472 texts that nobody compared, those that taught the predictors among them, it loses
+0.9 [-0.2, +2.0] and -0.4 [-1.5, +0.7] on world 1, and on world 2, at which nobody had looked, -0.8 [-1.6, +0.1] and +0.1
+[-1.1, +1.3]: within a point on both (2026-11-23). By 2,017 of known prompts alone, 1.0 and 3.1 (world 1). With
+predictors it beats Bradley-Terry by 2.8 [0.5, 4.8] and 10.9 [8.2, 13.6] on world 1, 0.2 [-2.0, 2.3] and 10.6 [7.7,
+13.3] on world 2: on new prompts.
 """
 
 from __future__ import annotations

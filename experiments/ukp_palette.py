@@ -14,7 +14,13 @@ negative in nats. All debates like verbosity (+1.7 [+1.4, +2.0] for the populati
 what scores high on security (-1.7), which no reason explains. Reasons speak of length or detail in 17.8 % of votes,
 the most of 12 attributes, of directness in 6.9 % (preference -0.7: the heads' directness is not the reasons'), of
 security in 0.3 %. Over attributes the share of reasons and the size of the preference hardly agree (Spearman +0.22, n
-= 12; over 13 debates +0.56 for verbosity, -0.44 to +0.39 for the others). Workers' stances were not run.
+= 12; over 13 debates +0.56 for verbosity, -0.44 to +0.39 for the others).
+Workers' stances (2026-11-23, --community worker_stance, seed 0, heads given, 18 minutes beside another job; 21,624
+votes): with attributes minus without, +4.6 points [+2.8, +6.3] and -0.062 nats [-0.084, -0.040] on new debates, +1.5
+[-0.0, +2.7] and -0.026 [-0.037, -0.012] on known ones; new users at 32 shots +1.5 [-1.5, +4.3], -0.002 [-0.031, +0.029]
+on known debates, +2.9 [-2.6, +8.5], -0.036 [-0.093, +0.019] on new ones. The three stances weigh alike: verbosity +2.1
+[+1.7, +2.5] to +2.3, politeness +0.8 to +0.9, security -1.5; each stance's preferences lie within the others'
+intervals. Reasons and preferences over attributes: Spearman +0.33 (n = 12).
 """
 
 from __future__ import annotations
