@@ -7,9 +7,9 @@ with dropout, whose text branch reads the whole response alone or its sentences 
 Bradley-Terry, which sees no attributes; each is scored with the predictors and, where it has them, without.
 Result (seed 0, 8,000 comparisons; LOG.md has the table and what heads). Without predictors a text branch that reads
 the whole response loses 4.0 and 9.0 points (known and new prompts) with a stand-in, 13 without one; one that reads
-sentences 1.4 and 2.9. Taught by 8,472 texts that nobody compared, those that taught the predictors among them, it loses
-0.9 [-0.2, +2.0] and -0.4 [-1.5, +0.7] on world 1, and on world 2, at which nobody had looked, -0.8 [-1.6, +0.1] and +0.1
-[-1.1, +1.3]: within a point on both (2026-11-23). By 2,017 of known prompts alone, 1.0 and 3.1 (world 1). With
+sentences 1.4 and 2.9. Taught by 8,472 texts that nobody compared, those that taught the predictors among them, it
+loses 0.9 [-0.2, 2.0] and -0.4 [-1.5, 0.7] on world 1, and on world 2, at which nobody had looked, -0.8 [-1.6, 0.1] and
+0.1 [-1.1, 1.3]: within a point on both (2026-11-23). By 2,017 of known prompts alone, 1.0 and 3.1 (world 1). With
 predictors it beats Bradley-Terry by 2.8 [0.5, 4.8] and 10.9 [8.2, 13.6] on world 1, 0.2 [-2.0, 2.3] and 10.6 [7.7,
 13.3] on world 2: on new prompts.
 """

@@ -55,6 +55,9 @@ def suggest(
         raise DataError(f"n {n}: ask for one pair at least")
     unsure, run = rule in ("bald", "d_optimal"), user.run
     inferred = isinstance(run.model, LeavesOpen)
+    if unsure and inferred and float(run.users.population["spread"] + user.posterior.mean.state["spread"]) < 1e-6:
+        raise DataError(f'rule {rule!r} needs uncertainty, and of this user the run, which infers users, states none: '
+                        'choose "random"')  # fmt: skip
     if unsure and not inferred and user.posterior.covariance is None:
         raise DataError(f'rule {rule!r} needs the uncertainty that method="map" does not give: adapt with "laplace"')
     pairs = pl.Series("pair", pair_ids(pool), dtype=pl.Utf8)
@@ -63,9 +66,6 @@ def suggest(
         return left.with_columns(**{name: pl.lit(0.0) for name in ("gain", "probability", "log_odds", "log_odds_std")})
     items, rows = run.arrays(left)
     joint = joint_log_odds(run.model, run.users, items, user.posterior, rows)
-    if unsure and inferred and variances(joint).max() < 1e-8:  # rounding is no uncertainty
-        raise DataError(f'rule {rule!r} needs uncertainty, and of this user the run, which infers users, states none: '
-                        'choose "random"')  # fmt: skip
     residual = float(run.users.residual)
     level = _utility(user, items, rows, left) if rule == "eubo" else np.zeros(left.height)
     chosen, gain = pick(joint, n, rule, level=level, residual=residual, weight=run.notes.get("temper", 1.0), seed=seed)

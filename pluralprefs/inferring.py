@@ -42,6 +42,7 @@ from pluralprefs.users import Pooled
 
 ASKED = 2000  # rows by which it is known how much users of the training differ
 LEAST = 0.01  # of log-odds: users who differ less differ by chance
+UNITS = 3.0  # at most: of the family that serves, in those of the family that was judged
 
 
 def fit_inferred(
@@ -104,7 +105,10 @@ def fit_inferred(
             away = settled(model, stranger, items, others), far
         model = trusted(settled(model, chosen, items, shown), items, notes, near, away)
         family, _ = train(model.family, judged, epochs=done, folder=checkpoints and checkpoints / "all")
+        unit = model.unit
         model = settled(model, family, items, judged)
+        model = model.replace(unit=jnp.minimum(model.unit, UNITS * unit))  # what little users differ is not blown up
+        notes["unit"] = [float(unit), float(model.unit)]
     return _table(model, items, rows, pooled, users, communities, notes)
 
 

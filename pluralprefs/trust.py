@@ -5,11 +5,13 @@ Held-out users show shots and are asked about other comparisons of theirs; `judg
     trust    the factor of the inferred shift that loses the fewest nats, drawn towards 0 as far as the users disagree
              about it: trust * max(0, 1 - (standard error / trust)^2), so that noise is not trusted
     spread   how far users depart from what is then predicted, in directions in which users of the training differ, as
-             what the answers of one user have in common says: that of the most evidence
+             what the answers of one user have in common says: that of the most evidence, in log-odds
     scale    how much sharper one user is than the mean over users that a prediction is: with the spread it loses the
              fewest nats
 
-What shots of responses that training does not know say is judged apart (`far_judges`).
+Few held-out users say little of these: trust is drawn to 0, scale to 1 and spread to 0 (`left_open`). What shots of
+responses that training does not know say is judged apart (`far_judges`); its spread is only nearly in log-odds, for
+how much users differ (`Residual.unit`) is known of responses that training knows.
 """
 
 from __future__ import annotations
@@ -38,7 +40,7 @@ SHOTS = 32  # of an episode, at most
 KNOTS = (0, 1, 2, 4, 8, 16, 32, 64)  # numbers of shots at which trust is learned; the last stands for all there are
 MANY = 512  # shots that are tried where users have more than an episode shows
 DRAWS = 5  # of shots for each held-out user
-HELD_OUT = 20  # per cent of the training users
+HELD_OUT, MOST_HELD = 20, 2000  # per cent of the training users, and the most of them
 NEW_ITEMS = 30  # per cent of the items, where they are kept apart
 FAR = (20, 35)  # per cent of the rows, between which groups of responses are kept from the family
 ENOUGH = 20  # users who have shown a number of shots, to learn how far it is to be trusted
@@ -46,7 +48,7 @@ FEWEST = 2  # users to judge by; where there are fewer nothing is trusted
 MOST_DRAWS = 300  # of users, to learn what is left open
 MODE_STEPS = 12  # of Newton's method
 USUAL_SCALE = 0.5  # of log(scale): what few users say of it is drawn to a scale of 1
-NO_SPREAD = -5.0  # a logarithm, below which nothing is open
+NO_SPREAD = -5.0  # a logarithm: a spread of next to nothing, with which questions can still be ranked
 GAP = 1e-3  # of a factor, between which slopes of the loss are taken
 
 Apart = str | Bool[np.ndarray, " items"]  # what shots and questions do not share (`episode_indices`)
@@ -142,8 +144,10 @@ def _askable(judging: Judging) -> int:
 
 
 def held_out(known: np.ndarray) -> np.ndarray:
-    """Users to judge by: `HELD_OUT` per cent, but at least `FEWEST`, as are left to train on; else none."""
+    """Users to judge by: `HELD_OUT` per cent, but `MOST_HELD` at most, and `FEWEST` at least, as are left to train on;
+    else none."""
     held = np.array([int(u) for u in known if _hash(f"held out|{u}") % 100 < HELD_OUT], int)
+    held = np.sort(np.random.default_rng(0).permutation(held)[:MOST_HELD])
     if not FEWEST <= len(held) <= len(known) - FEWEST:
         held = known[:FEWEST]
     return held if len(known) >= 2 * FEWEST else known[:0]
@@ -258,8 +262,8 @@ def differences(model: Residual, items: Item, rows: Rows) -> Float[np.ndarray, "
     sides = np.stack([rows.first, rows.second])
     met, place = np.unique(sides, return_inverse=True)
     index = np.pad(met, (0, step_up(len(met)) - len(met)))  # few shapes to compile
-    rewards = np.asarray(_rewards_apart(model, items, index))[place.reshape(sides.shape)]
-    return rewards[0] - rewards[1]
+    rewards, (first, second) = np.asarray(_rewards_apart(model, items, index)), place.reshape(sides.shape)
+    return rewards[first] - rewards[second]
 
 
 @jax.jit
@@ -297,8 +301,8 @@ def left_open(found: Asked, factor: float) -> tuple[float, float]:
     The spread is that of the most evidence, with a scale of its own: what is predicted is the mean of a Gaussian
     process over a user's answers, whose kernel says how users of the training differ, and each draw is a user. Of the
     scales the one is taken whose predictions, averaged over what is open, lose the fewest nats; none below 1, which
-    would say that the population is wrong, and not that users differ. Nothing is open where the answers say so, where
-    these do not differ, or where nobody answers.
+    would say that the population is wrong, and not that users differ. Next to nothing is open where the answers say so,
+    nothing where users of the training do not differ, or nobody answers.
 
     Few users say little: log(scale) is normal beforehand with deviation `USUAL_SCALE`, the spread half Cauchy with
     scale 1, in units of how the users of the training differ. The draws of one user count as one.
@@ -318,8 +322,8 @@ def left_open(found: Asked, factor: float) -> tuple[float, float]:
     lost = partial(_lost, np.einsum("uiv,ujv->uij", apart, apart), rows, len(chosen) / len(np.unique(user[chosen])))
     best: Any = minimize(lost, np.zeros(2), jac=True, method="L-BFGS-B", tol=1e-5,
                          bounds=[(-1.6, 1.6), (NO_SPREAD, 3.5)])  # fmt: skip
-    spread = float(np.exp(best.x[1])) if best.x[1] > NO_SPREAD + 0.1 and apart.any() else 0.0
-    variance = spread**2 * (found.apart**2).sum(1)
+    spread = float(np.exp(best.x[1])) if apart.any() else 0.0
+    variance = spread**2 * np.einsum("rv,rv->r", found.apart, found.apart)
     answers = found.rows.weight.sum() / (len(draws) / len(np.unique(user)))
 
     def nats(log_scale: float) -> float:
@@ -335,9 +339,9 @@ def _lost(kernel: np.ndarray, rows: Rows, repeats: float, logarithms: np.ndarray
     nats, slope = lost_evidence(jnp.asarray(logarithms, jnp.float32), kernel, rows)
     if not np.isfinite(nats) or not np.isfinite(slope).all():  # steps that ran away: this is not the place
         return 1e12, np.zeros(2)
-    scale, spread = logarithms[0] / USUAL_SCALE, np.exp(2 * logarithms[1])
-    beforehand = np.array([scale / USUAL_SCALE, 2 * spread / (1 + spread)])
-    return float(nats) / repeats + 0.5 * scale**2 + np.log1p(spread), np.asarray(slope, float) / repeats + beforehand
+    standard, squared = logarithms[0] / USUAL_SCALE, np.exp(2 * logarithms[1])
+    beforehand = 0.5 * standard**2 + np.log1p(squared), np.array([standard / USUAL_SCALE, 2 * squared / (1 + squared)])
+    return float(nats) / repeats + beforehand[0], np.asarray(slope, float) / repeats + beforehand[1]
 
 
 @jax.jit

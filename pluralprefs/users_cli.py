@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -221,7 +222,7 @@ def _show(loaded: Run, before: AdaptedUser, after: AdaptedUser) -> None:
     for i in sorted(range(len(names)), key=lambda i: -abs(new[i] - old[i]))[:SHOWN]:
         bar = "#" * round(10 * abs(new[i]) / scale)
         side = f"{bar:>10}|{'':10}" if new[i] < 0 else f"{'':10}|{bar:10}"
-        unsure = f", +-{1.96 * std[i]:.2f}" if std[i] == std[i] else ""
+        unsure = f", +-{1.96 * std[i]:.2f}" if isfinite(std[i]) else ""
         say(f"  {names[i]:<24.24} {side} {new[i]:+.2f} (was {old[i]:+.2f}{unsure})")
 
 

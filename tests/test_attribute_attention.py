@@ -94,6 +94,40 @@ def test_a_masked_attribute_changes_nothing_whatever_its_value():
     assert all(bool(jnp.isfinite(g).all()) for g in gradient.values())
 
 
+@pytest.mark.parametrize("family", [paper, ours], ids=["paper", "ours"])
+def test_with_some_attributes_away_the_reward_is_that_of_the_others_alone(family):
+    """The equations over the attributes that dropout leaves, in NumPy; of none, the head alone."""
+    model, x = perturbed(family()), items(21)
+    state = user(model, 22)
+    batch = rows(x, x, np.ones(len(x.embedding)))
+    left = attribute_dropout(batch, jax.random.key(3), jnp.asarray(1000), steps=1000, most=0.5, each=True).first
+    assert 0 < np.asarray(left.attribute_mask).mean() < 1
+    for i, mask in enumerate(np.asarray(left.attribute_mask)):
+        kept = np.flatnonzero(mask)
+        less = {name: getattr(model, name) if model.paper else getattr(model, name)[kept]
+                for name in ("identity", "value")}  # fmt: skip
+        alone = {name: leaf[kept] for name, leaf in state.items() if getattr(leaf, "shape", ()) == (3,)}
+        item = pick(x, i)
+        item = item.replace(attributes=item.attributes[kept])
+        expected = float(model.head @ item.embedding)
+        if len(kept):
+            _, expected = numpy_reward(model.replace(**less), item, {**state, **alone}, paper=model.paper)
+        assert float(model.reward(state, pick(left, i))) == pytest.approx(expected, rel=1e-4, abs=1e-5)
+
+
+@pytest.mark.parametrize("family", [paper, ours], ids=["paper", "ours"])
+def test_rewards_of_bfloat16_features_and_parameters_are_float32(family):
+    """Head and attention are computed wide: as of the same numbers in float32, not in steps of 1/256."""
+    narrow, wide = (lambda tree, one=one, other=other: jax.tree.map(
+        lambda leaf: leaf.astype(other) if leaf.dtype == one else leaf, tree)
+        for one, other in ((jnp.float32, jnp.bfloat16), (jnp.bfloat16, jnp.float32)))  # fmt: skip
+    model = narrow(perturbed(family()))
+    state, item = user(model, 24), narrow(pick(items(23), 0))
+    found = model.reward(state, item)
+    assert found.dtype == jnp.float32
+    np.testing.assert_allclose(found, wide(model).reward(wide(state), wide(item)), rtol=1e-5)
+
+
 def test_permuting_attributes_permutes_attention_and_leaves_the_reward():
     model, x, order = perturbed(ours()), items(9), jnp.array([2, 0, 1])
     state, item = user(model, 10), pick(x, 0)

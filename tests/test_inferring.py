@@ -35,6 +35,7 @@ from pluralprefs.trust import (
     Asked,
     Judging,
     borne_out,
+    differences,
     far_items,
     far_judges,
     held_out,
@@ -276,14 +277,30 @@ def test_the_spread_of_users_about_what_is_predicted_is_recovered():
     scale, spread = left_open(asked, 0.0)
     assert spread == pytest.approx(0.7, rel=0.15)
     assert scale == pytest.approx(1.5, rel=0.1)
-    assert left_open(asked_of(300, 30, spread=0.0), 0.0) == (pytest.approx(1, abs=0.1), pytest.approx(0, abs=0.1))
+    for seed in range(3):  # answers that have nothing in common
+        nothing = left_open(asked_of(300, 10, spread=0.0, seed=seed), 0.0)
+        assert nothing == (pytest.approx(1, abs=0.1), pytest.approx(0, abs=0.05))
     gaps = asked._replace(unit=3 * asked.unit)  # draws of which nothing was asked
     assert left_open(gaps, 0.0) == pytest.approx((scale, spread))
-    assert left_open(asked_of(300, 30, spread=0.0), 0.0)[1] == 0.0
     same = left_open(asked._replace(apart=0 * asked.apart), 0.0)  # nobody differs from anybody
     assert same[1] == 0.0
     assert same[0] == pytest.approx(1, abs=0.01)  # a mean over users is less sharp than one of them, never sharper
     assert left_open(take(asked, slice(0)), 0.0) == (1.0, 0.0)
+
+
+def test_what_users_of_the_training_leave_open_is_in_units_of_log_odds():
+    told = jax.tree.map(np.asarray, rows(np.arange(6) % 6, (np.arange(6) + 1) % 6, np.arange(6) % 2))
+    told = jax.tree.map(lambda x: np.tile(x, 10), told).replace(user=np.repeat(np.arange(20), 3).astype(np.int32))
+    family = FAMILIES["set_pooled"]()
+    model = Residual.init(population=LowRank.init(key=KEY, dim=DIM, rank=1), family=family, knots=3)
+    found = settled(model, family, X, told)
+    assert (differences(found, X, told) ** 2).sum(1).mean() == pytest.approx(1.0, rel=1e-3)
+    loud = settled(model, replace(family, out=10 * family.out), X, told)
+    assert float(loud.unit) == pytest.approx(float(found.unit) / 10, rel=1e-3)
+    np.testing.assert_allclose(differences(loud, X, told), differences(found, X, told), rtol=1e-3, atol=1e-5)
+    silent = settled(model, replace(family, out=0 * family.out), X, told)
+    assert not differences(silent, X, told).any()
+    assert float(silent.unit) == 0.0
 
 
 def test_few_users_say_little_of_scale_and_spread():

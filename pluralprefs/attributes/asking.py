@@ -159,6 +159,7 @@ class Tally:
     unreadable: int = 0
     failed: int = 0
     first: str = ""
+    used: Usage = NOTHING
 
     def add(self, answer: Answer) -> None:
         """Count an answer."""
@@ -167,18 +168,27 @@ class Tally:
         self.unreadable += not answer.readable and not answer.failure
         self.failed += bool(answer.failure)
         self.first = self.first or answer.failure or ""
+        self.used = self.used if answer.cached else self.used.plus(answer.usage)
 
     def __str__(self) -> str:
         text = f"{self.answers:,} answers, {self.cached:,} of them cached; {self.unreadable:,} unreadable; "
         text += f"{self.failed:,} failed"
-        return f"{text}, the first: {self.first}" if self.failed else text
+        text = f"{text}, the first: {self.first}" if self.failed else text
+        if not self.used.calls:
+            return text
+        return (
+            f"{text}; {self.used.calls:,} calls, {self.used.prompt_tokens:,} + {self.used.completion_tokens:,} tokens"
+        )
 
 
 def summary(answers: Iterable[Answer]) -> str:
-    """Say in one line how many answers there are, how many are missing and why, and what they used.
+    """Say in one line how many answers there are, how many are missing and why, and the calls and tokens (of prompts,
+    and completed) that they used now, where they used any.
 
     >>> summary([Answer(text="Rest.", cached=True), Answer(failure="server down")])
     '2 answers, 1 of them cached; 0 unreadable; 1 failed, the first: server down'
+    >>> summary([Answer(text="Rest.", usage=Usage(2, 1200, 30))])
+    '1 answers, 0 of them cached; 0 unreadable; 0 failed; 2 calls, 1,200 + 30 tokens'
     """
     tally = Tally()
     for answer in answers:

@@ -167,8 +167,9 @@ class AttributeAttention(Replaceable):
             keys = keys + query[None, :]
         scores = jnp.tanh(keys) @ self.score["kernel"] + self.score["bias"]
         # head . V_i e_i as (V_i' head) . e_i: the sum over h is the same for all responses, not one for each
-        shown = self.head[None, :] if self.paper else jnp.einsum("adh,h->ad", self.value, self.head)
-        return _Read(self.head @ h, scores, jnp.sum(embeddings * shown, axis=1), embeddings[:, 0], mask)
+        head = _wide(self.head)
+        shown = head[None, :] if self.paper else jnp.einsum("adh,h->ad", _wide(self.value), head)
+        return _Read(head @ h, scores, jnp.sum(embeddings * shown, axis=1), embeddings[:, 0], mask)
 
     def _attributes(self, item: Item) -> tuple[Float[Array, "attributes attribute_dim"], Bool[Array, " attributes"]]:
         """Embeddings and which of them count: the others are zero, or their stand-ins; no gradient into predictors."""
