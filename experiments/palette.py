@@ -1,6 +1,6 @@
 """Question: does a profile name what a community truly weighs, from its texts and comparisons alone?
 
-Command: make palette                    (or: python experiments/palette.py [--intervals] [--seeds 0] [--world 1])
+Command: make palette        (python experiments/palette.py --intervals; without it no pseudo-truth; [--seeds 0] [--world 1])
 
 From nothing, offline: answers -> rewrites at five levels of 19 attributes (lexicon teacher) -> verified pairs -> one
 head an attribute on MiniLM -> the attribute model on 20 communities with random weights over all attributes, whose
@@ -8,12 +8,12 @@ texts use all of the lexicon's phrases -> profiles, beside the truth. A weight i
 level and a pole. What measured scores attenuate, no number of comparisons brings back: intervals are therefore judged
 against the pseudo-truth, the same model fitted to a hundred times the comparisons of the same communities.
 
-Result (2026-11-21, seeds 0 to 2 on world 0, 2 CPU cores, heads of `pluralprefs attributes train --neutral`; 2,000
-comparisons a community, of which 64 % are trained on): Spearman over the attributes of preference and true weight,
-median 0.961 and worst of 20 communities 0.912 (seed 0 alone: 0.905); attention and |weight| 0.066 and -0.326; ablation
-and |weight| 0.852 and 0.549. Intervals hold the pseudo-truth in 93.7 % of cells (--intervals; 92 % was aimed at) and
-the truth in 88.2 %. 34 minutes beside two other jobs, 13 of them for the pseudo-truth, with the heads given; the heads
-take five to eight more.
+Result (2026-11-23, from nothing in a new clone, seeds 0 to 2 on world 0; 2,000 comparisons a community, of which 64 %
+are trained on; 42 minutes on one of 2 CPU cores beside other jobs, 3 of them for the heads and 15 for the pseudo-truth):
+heads 99.0 % [98.4, 99.7] right on held-out responses two or more levels apart. Spearman over the attributes of
+preference and true weight, median 0.960 and worst of 20 communities 0.912; attention and |weight| 0.019 and -0.428;
+ablation and |weight| 0.850 and 0.547. Intervals hold the pseudo-truth in 92.9 % of cells (92 % was aimed at) and the
+truth in 88.2 %.
 """
 
 from __future__ import annotations
