@@ -1,6 +1,6 @@
 """Question: does a profile name what a community truly weighs, from its texts and comparisons alone?
 
-Command: make palette        (python experiments/palette.py --intervals; without it no pseudo-truth; [--seeds 0] [--world 1])
+Command: make palette   (python experiments/palette.py --intervals; without: no pseudo-truth; [--seeds 0] [--world 1])
 
 From nothing, offline: answers -> rewrites at five levels of 19 attributes (lexicon teacher) -> verified pairs -> one
 head an attribute on MiniLM -> the attribute model on 20 communities with random weights over all attributes, whose
@@ -9,11 +9,10 @@ level and a pole. What measured scores attenuate, no number of comparisons bring
 against the pseudo-truth, the same model fitted to a hundred times the comparisons of the same communities.
 
 Result (2026-11-23, from nothing in a new clone, seeds 0 to 2 on world 0; 2,000 comparisons a community, of which 64 %
-are trained on; 42 minutes on one of 2 CPU cores beside other jobs, 3 of them for the heads and 15 for the pseudo-truth):
-heads 99.0 % [98.4, 99.7] right on held-out responses two or more levels apart. Spearman over the attributes of
-preference and true weight, median 0.960 and worst of 20 communities 0.912; attention and |weight| 0.019 and -0.428;
-ablation and |weight| 0.850 and 0.547. Intervals hold the pseudo-truth in 92.9 % of cells (92 % was aimed at) and the
-truth in 88.2 %.
+are trained on; 42 minutes on one of 2 CPU cores beside other jobs, 3 for the heads and 15 for the pseudo-truth): heads
+99.0 % [98.4, 99.7] right on held-out responses two or more levels apart. Spearman over the attributes of preference and
+true weight, median 0.960 and worst of 20 communities 0.912; attention and |weight| 0.019 and -0.428; ablation and
+|weight| 0.850 and 0.547. Intervals hold the pseudo-truth in 92.9 % of cells (aimed at: 92 %), the truth in 88.2 %.
 """
 
 from __future__ import annotations
