@@ -257,7 +257,7 @@ def _phrases_apart(seed: int) -> Mapping[str, Teacher]:
 
 
 def _responses(data: Path | None, per_community: int, seed: int) -> pl.DataFrame:
-    """A sample of a comparisons file, or the plain answers of the lexicon."""
+    """A sample of a comparisons file, or the plain answers of the lexicon, whose communities are their topics."""
     import polars as pl
 
     if data is None:
@@ -265,10 +265,13 @@ def _responses(data: Path | None, per_community: int, seed: int) -> pl.DataFrame
         from pluralprefs.data.lexicon import base_answers
 
         rows = [
-            (f"{content_id(one.prompt)}/{content_id(one.answer)}", one.prompt, one.answer) for one in base_answers()
+            (f"{content_id(one.prompt)}/{content_id(one.answer)}", one.prompt, one.answer, one.topic)
+            for one in base_answers()
         ]
-        table = pl.DataFrame(rows[:per_community], schema=["response_id", "prompt", "text"], orient="row")
-        return table.with_columns(community_id=pl.lit(None, pl.Utf8)).sort("response_id")
+        columns = ["response_id", "prompt", "text", "community_id"]
+        table = pl.DataFrame(rows, schema=columns, orient="row")
+        few = pl.int_range(pl.len()).over("community_id") < per_community
+        return table.filter(few).sort("response_id")
     from pluralprefs.attributes.counterfactuals import sample_responses
     from pluralprefs.data.comparisons import read
 

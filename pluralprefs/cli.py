@@ -52,6 +52,10 @@ Source = Annotated[
 Seed = Annotated[int | None, typer.Option("--seed", help="Which of the run's fits; the first by default.")]
 Set = Annotated[list[str] | None, typer.Option("--set", help="Override a part: --set model.prototypes=8")]
 Seeds = Annotated[str | None, typer.Option("--seeds", help="Seeds, for example 0,1,2")]
+New = Annotated[
+    Path | None,
+    typer.Option("--communities", help="Comparisons of communities the run has not met, fitted first."),
+]
 Vmap = Annotated[bool | None, typer.Option(help="Train all seeds in one program; as it is, on GPU and TPU only.")]
 
 
@@ -207,6 +211,7 @@ def adapt(
         str | None, typer.Option(help='One user, from "population" or "community:NAME"; can be asked and updated.')
     ] = None,
     method: Annotated[str, typer.Option(help='"laplace" or "map"; the run\'s own by default.')] = "",
+    communities: New = None,
     root: Root = RUNS,
     seed: Seed = None,
     debug: Annotated[bool, typer.Option(help="Show tracebacks.")] = False,
@@ -214,9 +219,9 @@ def adapt(
     """Adapt to new users from their comparisons, all in one call.
 
     With --prior the file is of one user and keeps the encoded comparisons behind the state, no texts: `suggest` and
-    `ask` need them. Without, it keeps states alone.
+    `ask` need them. Without, it keeps states alone. States that were adapted with --communities are scored with them.
     """
-    loaded = _load(run, root, seed)
+    loaded = _load(run, root, seed, communities)
     empty = not comparisons.read_bytes().strip()
     if prior is not None:
         _one(loaded, comparisons, prior, method, user_id, empty).save(out)
@@ -244,6 +249,7 @@ def score(
     run: Named,
     data: Annotated[Path, typer.Option("--input", help="Pairs to score; no target needed.")],
     user: Annotated[Path | None, typer.Option(help="User states from `adapt`.")] = None,
+    communities: New = None,
     out: Annotated[Path | None, typer.Option(help="Where scores go (.jsonl, .csv, .parquet); else printed.")] = None,
     root: Root = RUNS,
     seed: Seed = None,
@@ -253,7 +259,7 @@ def score(
     from pluralprefs.adapted import is_one_user
     from pluralprefs.data.files import write_frame
 
-    loaded = _load(run, root, seed)
+    loaded = _load(run, root, seed, communities)
     table = loaded.read(data, labelled=False)
     users = loaded.load_users(user) if user else {}
     table = _named(table, users)
@@ -271,26 +277,34 @@ def score(
 
 @app.command(
     epilog="Examples: pluralprefs profile runs/2026-... --community engineers · "
-    "pluralprefs profile runs/2026-... --user ana · pluralprefs profile runs/2026-... --users user.safetensors"
+    "pluralprefs profile runs/2026-... --communities nurses.jsonl · pluralprefs profile runs/2026-... --user ana · "
+    "pluralprefs profile runs/2026-... --users user.safetensors"
 )
 @plainly
 def profile(
     run: Named,
     community: Annotated[str | None, typer.Option(help='One, all by default; of --users ("" for none).')] = None,
+    communities: New = None,
     user: Annotated[str | None, typer.Option(help='A user of the training data, or "all"; needs kept rows.')] = None,
     users: Annotated[
         Path | None, typer.Option(help="States of `adapt`; name their --community, which they lack.")
     ] = None,
+    test: Annotated[
+        Path | None, typer.Option(help="Held-out comparisons, for ablation and shapley of users and --communities.")
+    ] = None,
     kind: Annotated[
-        str, typer.Option(help="preference, attention; of communities ablation, shapley (six attributes or fewer).")
+        str, typer.Option(help="preference, attention, ablation, shapley (six attributes or fewer).")
     ] = "preference",
     root: Root = RUNS,
-    seed: Seed = None,
+    seed: Annotated[int | None, typer.Option("--seed", help="One of the run's fits; their mean by default.")] = None,
     out: Annotated[Path | None, typer.Option(help="Where all rows go (.jsonl, .csv, .parquet); else printed.")] = None,
     json: Annotated[bool, typer.Option("--json", help="All rows as JSON lines.")] = False,
     debug: Annotated[bool, typer.Option(help="Show tracebacks.")] = False,
 ) -> None:
-    """What each community (or user) likes, looks at, and would miss, by attribute, with 95 % intervals."""
+    """What each community (or user) likes, looks at, and would miss, by attribute, with 95 % intervals.
+
+    Intervals are widened by what the run's fits (seeds) differ by; states of --users belong to one of them.
+    """
     import polars as pl
 
     from pluralprefs.data.files import write_frame
@@ -299,15 +313,31 @@ def profile(
 
     if user is not None and (users is not None or community is not None):
         raise ValueError("--user names somebody of the training data: leave --users and --community out")
-    if user is not None or users is not None:
-        rows = _user_profiles(_load(run, root, seed), user, users, community)
-    else:
-        rows = find_run(run, root).table("attribute_weights")
-        rows = over_seeds(rows if seed is None else rows.filter(pl.col("seed") == seed))
-        if community is not None:
-            rows = rows.filter(community=community)
-        if not rows.height:
-            raise ValueError(f"--community {community}: the run has no profile of it")
+    if test is not None and user is None and users is None and communities is None:
+        raise ValueError("--test: the run's own communities were tested on its own data; give it with --user, --users "
+                         "or --communities")  # fmt: skip
+    folder = find_run(run, root)
+    seeds = folder.read()["seeds"] if seed is None and users is None else [seed]
+    of_users = user is not None or users is not None
+    parts = []
+    for one in seeds if of_users or communities is not None else ():
+        loaded = _load(str(folder.path), root, one, communities)
+        held_out = None if test is None else loaded.read(test)
+        if of_users:
+            found = _user_profiles(loaded, user, users, community, held_out)
+        else:
+            assert communities is not None
+            new = loaded.read(communities)[loaded.experiment.community].unique(maintain_order=True).to_list()
+            found = loaded.community_profile(new, test=held_out)
+        parts.append(found.with_columns(seed=pl.lit(one, pl.Int64)))
+    if not of_users:
+        own = folder.table("attribute_weights")
+        parts.append(own if seed is None else own.filter(pl.col("seed") == seed))
+    rows = over_seeds(pl.concat(parts, how="diagonal"))
+    if community is not None and not of_users:
+        rows = rows.filter(community=community)
+    if not rows.height:
+        raise ValueError(f"--community {community}: the run has no profile of it")
     if out is not None:
         write_frame(rows, out)
         say(f"{rows.height} rows written to {out}")
@@ -315,20 +345,22 @@ def profile(
         say(rows.write_ndjson().rstrip() if json else profile_table(rows, kind))
 
 
-def _user_profiles(loaded: Run, user: str | None, users: Path | None, community: str | None) -> Any:
+def _user_profiles(
+    loaded: Run, user: str | None, users: Path | None, community: str | None, test: pl.DataFrame | None
+) -> pl.DataFrame:
     """Profiles of adapted users, or of those of the training data."""
     if users is not None and community is None and bool((loaded.users.community_root > 0).any()):
         names = ", ".join(loaded.vocabulary.communities)
         raise ValueError(f"{users}: a user state does not say from which community the user departs; add --community "
                          f'with one of {names}, or --community "" for none')  # fmt: skip
     if users is not None:
-        return loaded.profile(loaded.load_users(users), community=community or None)
+        return loaded.profile(loaded.load_users(users), community=community or None, test=test)
     if user is None or user == "all":
-        return loaded.profile()
+        return loaded.profile(test=test)
     known = [name for name in (user, loaded.known_as(user)) if name in loaded.vocabulary.users]
     if not known:
         raise ValueError(f"--user {user}: is no user of the training data that the run kept")
-    return loaded.profile(known[:1])
+    return loaded.profile(known[:1], test=test)
 
 
 @app.command(epilog="Example: pluralprefs report 7f3a 99b0 --html report.html")
@@ -438,11 +470,13 @@ def _seeds(text: str) -> tuple[int, ...]:
         raise ValueError(f"--seeds {text!r}: give different whole numbers with commas, for example 0,1,2") from None
 
 
-def _load(name: str, root: Path, seed: int | None) -> Run:
+def _load(name: str, root: Path, seed: int | None, communities: Path | None = None) -> Run:
+    """A run, with the communities of a file that it has not met."""
     from pluralprefs.registry import find_run
     from pluralprefs.run import load
 
-    return load(find_run(name, root).path, seed=seed)
+    loaded = load(find_run(name, root).path, seed=seed)
+    return loaded if communities is None else loaded.with_communities(loaded.read(communities))
 
 
 def _finish(folder: RunFolder, wandb: str) -> None:

@@ -415,10 +415,13 @@ def fit_seed(
     about_users = len(pooled.temper) > 1 or pooled.residual is True
     asked = pooled if about_users else replace(pooled, levels=(), cross_fit=None)  # no folds where none are needed
     chosen = fit(experiment, prepared, train, validation, asked)
+    exponents = {
+        name: (chosen.notes[name],) if name in chosen.notes else getattr(pooled, name)  # the only one on offer
+        for name in ("temper", "population_temper")
+    }
     settled = replace(
         pooled,
-        temper=(chosen.notes.get("temper", 1.0),),
-        population_temper=(chosen.notes.get("population_temper", 1.0),),
+        **exponents,
         residual=chosen.notes["residual"] if pooled.residual is True else pooled.residual,
     )
     scale = chosen.notes.get("inverse_temperature", 1.0)

@@ -46,7 +46,8 @@ from pluralprefs.metrics import summarise
 from pluralprefs.profiles import SCHEMA, attribute_weights
 from pluralprefs.registry import RegistryError, RunFolder, create, open_run
 from pluralprefs.registry.folder import table_file
-from pluralprefs.run import Run, load, save_seed, save_shared
+from pluralprefs.run import Run, load
+from pluralprefs.saving import save_seed, save_shared
 from pluralprefs.training import Report, Together
 
 CHECKPOINTS = "checkpoints"  # in a run folder that is not done

@@ -19,7 +19,7 @@ identified: what `preference` says of all people, the head can say as well. Attr
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import combinations
@@ -33,11 +33,12 @@ import polars as pl
 from jaxtyping import Float
 
 from pluralprefs.adapt import left_open, variance
-from pluralprefs.adapting import adapt_units, predict_seen
-from pluralprefs.fitting import Fitted, Rows, gathered, strangers, take
+from pluralprefs.adapting import predict_rows, predict_seen
+from pluralprefs.communities import community_posteriors
+from pluralprefs.fitting import Fitted, Rows, gathered, take
 from pluralprefs.intervals import estimate_mean
 from pluralprefs.types import Comparisons, Covariance, Item, UserPosterior
-from pluralprefs.users import Deviation, Users, deviating_log_odds, gather, neutral, part_names, ravel
+from pluralprefs.users import Deviation, Users, deviating_log_odds, gather, neutral, ravel
 
 NORMAL = 1.959964
 FEW = 6  # attributes whose every subset is tried
@@ -72,34 +73,41 @@ class Sample(NamedTuple):
 
 
 def attribute_weights(
-    fitted: Fitted, items: Item, test: Rows, communities: Sequence[str], attributes: Sequence[str], *, seed: int = 0
-) -> pl.DataFrame:
+    fitted: Fitted, items: Item, test: Rows, communities: Sequence[str], attributes: Sequence[str], *, seed: int = 0,
+    asked: Sequence[int] | None = None,
+) -> pl.DataFrame:  # fmt: skip
     """Profile every community of one fit; `test` are held-out rows of seen users. "" is the population.
 
-    Raises TypeError for a family without attributes.
+    `asked` are the numbers of the communities to profile, where that is not all and the population. Raises TypeError
+    for a family without attributes.
     """
     _require_attributes(fitted.model, items)
     fitted = _without_stand_in(fitted)
-    names = ["", *communities]
-    found = [
-        *_preferences(fitted, items, names),
-        *_attention(fitted, items, names),
-        *_ablation(fitted, items, test, names),
-    ]
-    if len(attributes) <= FEW:
-        found += _shapley(fitted, items, test, names)
+    numbers = range(-1, len(communities)) if asked is None else asked
+    names = {number: communities[number] if number >= 0 else "" for number in numbers}
+    found = [*_preferences(fitted, items, names), *_attention(fitted, items, names)]
+    if len(test.target):
+        community, users = np.asarray(test.community), pl.Series(np.asarray(test.user)).replace(-1, None)
+        for kind, at, lost in _worth(partial(_seen_nats, fitted, items, test), items):
+            for number, name in names.items():
+                own = community == number if number >= 0 else np.ones(len(community), bool)
+                found += [
+                    (at, row) for row in _mean_row({"community": name}, kind, lost[own], users.filter(pl.Series(own)))
+                ]
     return _table(found, attributes, seed)
 
 
 def user_weights(
     fitted: Fitted, items: Item, users: Mapping[str, tuple[int, UserPosterior, int | None]], communities: Sequence[str],
-    attributes: Sequence[str], *, seed: int = 0,
+    attributes: Sequence[str], *, seed: int = 0, test: Mapping[str, Rows] | None = None,
 ) -> pl.DataFrame:  # fmt: skip
     """Profile users, each (number of the community or -1, posterior, comparisons behind it): preference and attention.
 
     The interval of a preference holds the user's posterior, the community's and the shared parameters' variance: it is
     too wide rather than too narrow, for what a user's own comparisons say of the community is counted twice.
-    Attention is over the responses of the training rows. Raises TypeError for a family without attributes.
+    Attention is over the responses of the training rows. `test` are held-out rows of users, which ablation and Shapley
+    values are taken on: intervals are over the rows, as if each were judged on its own, which the pairs of one ordering
+    are not. Raises TypeError for a family without attributes.
     """
     _require_attributes(fitted.model, items)
     fitted = _without_stand_in(fitted)
@@ -119,6 +127,10 @@ def user_weights(
         for at in range(len(attributes)):
             found.append((at, _row(place, "preference", value[at], half[at], n)))
             found.append((at, _row(place, "attention", alpha[:, at].mean(), error[at], len(alpha))))
+        if (asked := (test or {}).get(name)) is not None:
+            nobody = pl.Series([None] * len(asked.target), dtype=pl.Int64)
+            for kind, at, lost in _worth(partial(_own_nats, fitted, posterior, asked), items):
+                found += [(at, row) for row in _mean_row(place, kind, lost, nobody)]
     return _table(found, attributes, seed)
 
 
@@ -236,22 +248,6 @@ def _shares(rows: Rows, community: int) -> Float[np.ndarray, " users"]:
     return count / max(len(users), 1)
 
 
-def community_posteriors(fitted: Fitted, items: Item, numbers: Sequence[int]) -> tuple[Users, dict[int, UserPosterior]]:
-    """Deviations of some communities given the training rows, and the table that they depart from: the population."""
-    users, rows = fitted.users, strangers(fitted.rows)
-    state = np.array(part_names(neutral(fitted.model))) != "gain"  # care is a user's alone
-    root = jnp.where(state if users.community_root.ndim == 1 else state[:, None], users.community_root, 0.0)
-    alone = users.replace(
-        community=jax.tree.map(lambda x: x[:0], users.community), user_root=root, residual=jnp.zeros(())
-    )
-    unit = np.asarray(rows.community)
-    rows = rows.replace(community=np.full_like(unit, -1), offset=np.zeros_like(rows.offset))
-    known = np.isin(unit, numbers)
-    found = adapt_units(fitted.model, alone, items, take(rows, np.flatnonzero(known)), unit[known])
-    prior = UserPosterior(neutral(fitted.model), Covariance(root, jnp.zeros((0, len(state)))))
-    return alone, {number: found.get(number, prior) for number in numbers}
-
-
 def preference_variance(halves: Sequence[Fitted], items: Item, count: int) -> dict[str, Any]:
     """Variance of slopes that comes from the shared parameters: of the population, and of communities by attribute.
 
@@ -273,13 +269,15 @@ def _without_stand_in(fitted: Fitted) -> Fitted:
     return replace(fitted, model=fitted.model.replace(stand_in=None))
 
 
-def _preferences(fitted: Fitted, items: Item, names: Sequence[str]) -> Iterator[tuple[int, dict[str, Any]]]:
+def _preferences(fitted: Fitted, items: Item, names: Mapping[int, str]) -> Iterator[tuple[int, dict[str, Any]]]:
     community = np.asarray(fitted.rows.community)
-    for number, (value, spread) in enumerate(community_slopes(fitted, items, len(names) - 1)):
-        n = int((community == number - 1).sum()) if number else len(community)
+    found = _community_slopes(fitted, items, Sample.of(items, _spread(fitted.rows)), set(names))
+    for number, name in names.items():
+        value, spread = found[number]
+        n = int((community == number).sum()) if number >= 0 else len(community)
         half = NORMAL * np.sqrt(spread)
         for at in range(len(value)):
-            yield at, _row({"community": names[number]}, "preference", value[at], half[at], n)
+            yield at, _row({"community": name}, "preference", value[at], half[at], n)
 
 
 def _spread(rows: Rows) -> Rows:
@@ -299,16 +297,15 @@ def _point(model: Any) -> UserPosterior:
     return UserPosterior(Deviation(model.init_user(), jnp.zeros(())))
 
 
-def _attention(fitted: Fitted, items: Item, names: Sequence[str]) -> Iterator[tuple[int, dict[str, Any]]]:
+def _attention(fitted: Fitted, items: Item, names: Mapping[int, str]) -> Iterator[tuple[int, dict[str, Any]]]:
     rows = fitted.rows
     community = np.asarray(rows.community)
-    for number, name in enumerate(names):
-        chosen = community == number - 1 if number else np.ones(len(community), bool)
+    for number, name in names.items():
+        chosen = community == number if number >= 0 else np.ones(len(community), bool)
         responses = np.unique(np.concatenate([rows.first[chosen], rows.second[chosen]]))
         if not len(responses):
             continue
-        own = jax.tree.map(lambda x, i=number: x[i - 1] if i else 0.0 * x[:1].sum(0), fitted.users.community.state)
-        state = jax.tree.map(jnp.add, fitted.users.population, own)
+        state, _ = gather(fitted.users, jnp.asarray(number), jnp.asarray(-1))
         weights = np.asarray(_alpha(fitted.model, state, jax.tree.map(lambda x, r=responses: x[r], items)))
         mean, error = weights.mean(0), weights.std(0) / np.sqrt(len(weights))
         for at in range(weights.shape[1]):
@@ -320,42 +317,36 @@ def _alpha(model: Any, state: Any, items: Item) -> jax.Array:
     return jax.lax.map(lambda item: model.attribute_weights(state, item), items, batch_size=1024)
 
 
-def _ablation(fitted: Fitted, items: Item, test: Rows, names: Sequence[str]) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Nats with an attribute masked minus nats with all, users adapted with all of them."""
-    if not len(test.target):
-        return
-    count = _mask(items).shape[-1]
-    plain = _nats(fitted, items, items, test)
-    for at in range(count):
-        lost = _nats(fitted, items, _with_only(items, set(range(count)) - {at}), test) - plain
-        yield from ((at, row) for row in _by_community(lost, test, names, "ablation"))
+def _worth(nats: Callable[[Item], np.ndarray], items: Item) -> Iterator[tuple[str, int, np.ndarray]]:
+    """Yield (kind, attribute, what the attribute is worth on each test row), given the nats that items cost there.
 
-
-def _shapley(fitted: Fitted, items: Item, test: Rows, names: Sequence[str]) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Nats that an attribute saves on average over the orders of adding attributes; they sum to what all save."""
-    if not len(test.target):
-        return
+    Ablation: nats with the attribute masked minus nats with all, users adapted with all of them. Shapley: nats that it
+    saves on average over the orders of adding attributes; they sum to what all save.
+    """
     count = _mask(items).shape[-1]
+    every = frozenset(range(count))
     subsets = [frozenset(s) for size in range(count + 1) for s in combinations(range(count), size)]
-    nats = {subset: _nats(fitted, items, _with_only(items, subset), test) for subset in subsets}
+    asked = subsets if count <= FEW else [every, *(every - {at} for at in range(count))]
+    cost = {subset: nats(_with_only(items, subset)) for subset in asked}
     for at in range(count):
-        saved = np.zeros(len(test.target))
+        yield "ablation", at, cost[every - {at}] - cost[every]
+    for at in range(count if count <= FEW else 0):
+        saved = np.zeros_like(cost[every])
         for subset in subsets:
             if at not in subset:
                 weight = 1 / (count * comb(count - 1, len(subset)))
-                saved += weight * (nats[subset] - nats[subset | {at}])
-        yield from ((at, row) for row in _by_community(saved, test, names, "shapley"))
+                saved += weight * (cost[subset] - cost[subset | {at}])
+        yield "shapley", at, saved
 
 
-def _by_community(values: np.ndarray, test: Rows, names: Sequence[str], kind: str) -> Iterator[dict[str, Any]]:
-    """Mean of a value of each test row, by community, with its interval over users."""
-    community, users = np.asarray(test.community), pl.Series(np.asarray(test.user)).replace(-1, None)
-    for number, name in enumerate(names):
-        chosen = community == number - 1 if number else np.ones(len(community), bool)
-        if chosen.any():
-            found = estimate_mean(values[chosen], users.filter(pl.Series(chosen)), np.ones(chosen.sum()), 1000, 0)
-            row = _row({"community": name}, kind, found.value, 0.0, int(chosen.sum()))
-            yield row | {"ci_low": found.ci_low, "ci_high": found.ci_high}
+def _mean_row(place: Mapping[str, str], kind: str, values: np.ndarray, users: pl.Series) -> list[dict[str, Any]]:
+    """The mean of a value of each test row with its interval over users, or rows where users are unknown; no row
+    where there is no test row."""
+    if not len(values):
+        return []
+    found = estimate_mean(values, users, np.ones(len(values)), 1000, 0)
+    row = _row(place, kind, found.value, 0.0, len(values))
+    return [row | {"ci_low": found.ci_low, "ci_high": found.ci_high}]
 
 
 def _mask(items: Item) -> np.ndarray:
@@ -370,12 +361,20 @@ def _with_only(items: Item, subset: Any) -> Item:
     return items.replace(attribute_mask=jnp.asarray(_mask(items) & keep))
 
 
-def _nats(fitted: Fitted, items: Item, asked: Item, test: Rows) -> Float[np.ndarray, " rows"]:
+def _seen_nats(fitted: Fitted, items: Item, test: Rows, asked: Item) -> Float[np.ndarray, " rows"]:
     """Nats of each test row, its user adapted on `items` and predicted on `asked`."""
     count = int(items.embedding.shape[0])
     both = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), items, asked)
     query = test.replace(first=test.first + count, second=test.second + count)
-    mean, variance = predict_seen(fitted, both, query)
+    return _nats(*predict_seen(fitted, both, query), test)
+
+
+def _own_nats(fitted: Fitted, posterior: UserPosterior, test: Rows, asked: Item) -> Float[np.ndarray, " rows"]:
+    """Nats of each test row of one adapted user, predicted on `asked`."""
+    return _nats(*predict_rows(fitted.model, fitted.users, asked, posterior, test), test)
+
+
+def _nats(mean: np.ndarray, variance: np.ndarray, test: Rows) -> Float[np.ndarray, " rows"]:
     logits, target = mean / np.sqrt(1 + np.pi * variance / 8), np.asarray(test.target)
     return target * np.logaddexp(0, -logits) + (1 - target) * np.logaddexp(0, logits)
 

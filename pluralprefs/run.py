@@ -15,10 +15,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, overload
 
@@ -38,10 +37,10 @@ from pluralprefs.adapting import (
     probability_std,
 )
 from pluralprefs.attributes.reading import SentenceEncoder
-from pluralprefs.attributes.source import COLUMNS
 from pluralprefs.attributes.source import restore as restore_source
 from pluralprefs.backbone import BACKBONE, restore_backbone
 from pluralprefs.choosing import against_average, responses_table
+from pluralprefs.communities import with_new
 from pluralprefs.contrasts import controls
 from pluralprefs.data import batches, comparisons, splits
 from pluralprefs.data.files import DataError
@@ -53,77 +52,22 @@ from pluralprefs.encoders.features import Features
 from pluralprefs.evaluate import evaluate
 from pluralprefs.experiment import (
     Experiment,
-    Prepared,
     attach,
     baseline_predictions,
-    data_sizes,
     draw_model,
+    fingerprint,
     item_positions,
     text_lengths,
 )
 from pluralprefs.fitting import Fitted, Rows, step_up, take
-from pluralprefs.hosts import writes
 from pluralprefs.metrics import summarise
-from pluralprefs.profiles import user_weights
-from pluralprefs.registry.files import RegistryError, load_arrays, save_arrays, write_json
+from pluralprefs.profiles import attribute_weights, user_weights
+from pluralprefs.registry.files import RegistryError, load_arrays
 from pluralprefs.registry.folder import RunFolder, open_run
+from pluralprefs.saving import SENTENCES, full_covariance
 from pluralprefs.train import CheckpointStore
-from pluralprefs.types import Comparisons, Covariance, Item, ScalarReward, UserPosterior
+from pluralprefs.types import Comparisons, Covariance, InfersUser, Item, ScalarReward, UserPosterior
 from pluralprefs.users import Users, neutral
-
-SENTENCES = "sentences.safetensors"  # the kernel of a sentence encoder, in a run folder
-ROW_FIELDS = ("first", "second", "target", "tie", "user", "community", "rater", "source", "offset", "weight")
-
-
-def save_shared(folder: RunFolder, experiment: Experiment, prepared: Prepared) -> None:
-    """Write what all seeds of a run share: names, sizes, feature maps, encoder.
-
-    Names and items of users are written only where the experiment says so: they are personal data.
-    """
-    path = Path(folder.path)
-    names = prepared.vocabulary._asdict()
-    names["judged"] = tuple(prepared.items["item_id"]) if experiment.save_users else ()  # rows of items.safetensors
-    if not experiment.save_users:
-        names["users"] = ()
-    maps = prepared.maps
-    sizes = data_sizes(prepared.features, prepared.vocabulary, maps)
-    write_json(path / "vocabulary.json", {name: list(values) for name, values in names.items()})
-    write_json(path / "sizes.json", sizes)
-    if maps is not None:
-        save_arrays(path / "features.safetensors", flat(maps))
-    if isinstance(prepared.encoder, AttributeEncoder):
-        prepared.encoder.save(path / "encoder.json")
-    if isinstance(prepared.encoder, SentenceEncoder):
-        prepared.encoder.save(path / SENTENCES)
-    if isinstance(prepared.attributes, AttributeEncoder):
-        prepared.attributes.save(path / COLUMNS)
-    elif prepared.attributes is not None:
-        prepared.attributes.save(path)
-    if experiment.save_users:
-        save_arrays(path / "items.safetensors", flat(prepared.features))
-
-
-def save_seed(folder: RunFolder, experiment: Experiment, seed: int, fitted: Fitted) -> None:
-    """Write the parameters of a fitted seed, then its notes: a seed that has notes in run.json is whole."""
-    path = Path(folder.path)
-    users = fitted.users
-    if not experiment.save_users:
-        users = users.replace(user=jax.tree.map(lambda x: x[:0], users.user))
-    if _full(experiment) and users.user_root.ndim == 1:  # no user to learn a matrix from
-        users = users.replace(user_root=jnp.diag(users.user_root))
-    shutil.rmtree(path / "params" / f"seed-{seed}", ignore_errors=True)  # of a process that ended before the notes
-    store = CheckpointStore(path / "params" / f"seed-{seed}", keep=1, alone=True)
-    if writes():
-        store.save(0, {"model": fitted.model, "users": users})
-    store.close()
-    if experiment.save_users:
-        arrays = {name: np.asarray(getattr(fitted.rows, name)) for name in ROW_FIELDS}
-        save_arrays(path / f"support-{seed}.safetensors", arrays)
-    folder.update(notes={**folder.read().get("notes", {}), str(seed): fitted.notes})
-
-
-def _full(experiment: Experiment) -> bool:
-    return experiment.users.covariance == "full" and "user" in experiment.users.levels
 
 
 @dataclass(frozen=True)
@@ -313,40 +257,126 @@ class Run:
         joined = pl.concat(parts)
         return pl.concat([summarise(joined, pool_seeds=True), controls(joined, pool_seeds=True)])
 
-    def profile(
-        self, users: Mapping[str, UserPosterior] | Sequence[str] | None = None, *, community: str | None = None
+    def with_communities(self, table: pl.DataFrame) -> Run:
+        """This run with the communities of a table, which it has never met, fitted to their members' comparisons.
+
+        Each departs from the population as far as its comparisons bear out, under the spread of the communities of
+        training; nothing else moves. Strangers who name it start there, `adapt(prior="community:NAME")` departs from
+        it, and `community_profile` has its row, with an interval; scores take it for known, as they do all communities.
+        Where the run kept its training rows the members become seen users. States of users belong to the run that they
+        were adapted in, and this is another.
+
+        Raises DataError for a row without a community, a community that the run knows, a run without that level.
+        """
+        new = self._new_communities(table)
+        vocabulary = self.vocabulary._replace(communities=(*self.vocabulary.communities, *new))
+        if self.rows is not None:
+            people = table["user_id"].drop_nulls().unique(maintain_order=True).to_list()
+            known = set(vocabulary.users)
+            vocabulary = vocabulary._replace(users=(*vocabulary.users, *(name for name in people if name not in known)))
+        within = replace(self, vocabulary=vocabulary)
+        items, rows = within.arrays(table)
+        support, both, more = within._beside(items, rows)
+        exponent = self.notes.get("population_temper", 1.0)
+        weighed = more.replace(weight=(more.weight * exponent).astype(np.float32))
+        users = with_new(Fitted(self.model, self.users, weighed, self.notes), both, len(vocabulary.communities))
+        said = f"{self.fingerprint} {fingerprint(table)}"  # of what was said, so that the same again is the same run
+        grown = replace(within, users=users, fingerprint=hashlib.sha256(said.encode()).hexdigest()[:32])
+        if self.rows is None or self.items is None:
+            return grown
+        more = more.replace(weight=(more.weight * self.notes.get("temper", 1.0)).astype(np.float32))
+        joined = jax.tree.map(lambda a, b: np.concatenate([a, b]), support, more)
+        padding = [""] * (int(self.items.embedding.shape[0]) - len(self.judged))
+        judged = (*self.judged, *padding, *batches.item_table(table)["item_id"])
+        return replace(grown, rows=joined, items=both, judged=judged)
+
+    def _new_communities(self, table: pl.DataFrame) -> list[str]:
+        """The communities that a table names, all of which the run can take in. Raises DataError for any other."""
+        column, name = self.experiment.community, self.folder.name
+        if isinstance(self.model, InfersUser) or not np.asarray(self.users.community_root).any():
+            raise DataError(f"{name} fitted no communities, whose spread a new one's comparisons are weighed against: "
+                            'fit with users.levels that hold "community"')  # fmt: skip
+        lacking = table[column].is_null().arg_true() if column in table.columns else [0]
+        if len(lacking):
+            raise DataError(f"row {lacking[0] + 1}, column {column!r}: names no community; give each row that of its "
+                            "member")  # fmt: skip
+        found = table[column].unique(maintain_order=True).to_list()
+        for community in found:
+            if community in self.vocabulary.communities:
+                raise DataError(f"community {community!r}: {name} was fitted to it; leave its rows out, or train again "
+                                "with them")  # fmt: skip
+        return found
+
+    def community_profile(
+        self, communities: Sequence[str] | None = None, *, test: pl.DataFrame | None = None
     ) -> pl.DataFrame:
+        """Attribute profiles of communities, all and the population by default, new ones (`with_communities`) too.
+
+        Preference and attention with intervals; with held-out comparisons in `test`, ablation and Shapley values too
+        (`profiles.attribute_weights`). Slopes are taken over the kept training rows. Raises DataError where the run
+        kept none, TypeError for a family without attributes.
+        """
+        fitted, items, names = self._profiled()
+        known = self.vocabulary.communities
+        for community in communities or ():
+            if community not in known:
+                raise DataError(f"community {community!r}: the run has {', '.join(known) or 'none'}")
+        asked = None if communities is None else [known.index(community) for community in communities]
+        rows = _no_rows(fitted.rows)
+        if test is not None:
+            more, found = self.arrays(test)
+            _, items, rows = self._beside(more, found)
+        return attribute_weights(fitted, items, rows, known, names, asked=asked)
+
+    def profile(
+        self, users: Mapping[str, UserPosterior] | Sequence[str] | None = None, *, community: str | None = None,
+        test: pl.DataFrame | None = None,
+    ) -> pl.DataFrame:  # fmt: skip
         """Attribute profiles of users: preference and attention with intervals (`profiles.user_weights`).
 
         `users` are adapted ones by name, who depart from `community` (None: from the population), or names of users of
         the training data, who depart each from the community of most of its rows; without `users` all of the latter.
-        Slopes are taken over the kept training rows. Raises DataError where the run kept none or not that user's,
-        TypeError for a family without attributes.
+        With held-out comparisons of theirs in `test`, ablation and Shapley values too. Slopes are taken over the kept
+        training rows. Raises DataError where the run kept none or not that user's, TypeError for a family without
+        attributes.
         """
-        if self.rows is None or self.items is None:
-            raise DataError(f"{self.folder.name}: kept no training rows to profile users on; fit with save_users")
+        fitted, items, names = self._profiled()
         if isinstance(users, str) or (community is not None and not isinstance(users, Mapping)):
             raise TypeError("profile takes a list of names, ['ana'], who depart from their own communities; community= "
                             "is for adapted users")  # fmt: skip
         known = self.vocabulary.communities
         if community is not None and community not in known:
             raise DataError(f"community {community!r}: the run has {', '.join(known) or 'none'}")
-        fitted = Fitted(self.model, self.users, self.rows, self.notes)
         if isinstance(users, Mapping):
             place = -1 if community is None else known.index(community)
             units = {name: (place, posterior, None) for name, posterior in users.items()}
         else:
-            user, rows = np.asarray(self.rows.user), self.rows
+            user, rows = np.asarray(fitted.rows.user), fitted.rows
             mine = np.flatnonzero(user >= 0 if users is None else np.isin(user, self._numbers(users)))
-            found = adapt_units(self.model, self.users, self.items, take(rows, mine), user[mine])
+            found = adapt_units(self.model, self.users, items, take(rows, mine), user[mine])
             units = {
                 self.vocabulary.users[u]: (_usual(rows.community[user == u]), p, int((user == u).sum()))
                 for u, p in found.items()
             }
+        asked: dict[str, Rows] = {}
+        if test is not None:
+            more, found = self.arrays(test)
+            _, items, rows = self._beside(more, found)
+            owner = test["user_id"].to_numpy()
+            for name, (place, *_) in units.items():
+                if len(mine := np.flatnonzero(owner == name)):
+                    own = take(rows, mine)
+                    asked[name] = own.replace(community=np.where(own.community < 0, place, own.community))
+        return user_weights(fitted, items, units, known, names, test=asked)
+
+    def _profiled(self) -> tuple[Fitted, Item, tuple[str, ...]]:
+        """What a profile is of: the fit with the kept training rows, their items, and the names of the attributes."""
+        if self.rows is None or self.items is None:
+            raise DataError(f"{self.folder.name}: kept no training rows to take profiles over; fit with save_users")
         if self.attributes is None and self.items.attributes is not None:
             raise ValueError("profile: this run was loaded without its attributes; load it with attributes=True")
         names = self.attributes.names if self.attributes is not None else ()
-        return user_weights(fitted, self.items, units, known, names)
+        return Fitted(self.model, self.users, self.rows, self.notes), self.items, tuple(names)
 
     def _numbers(self, names: Sequence[str]) -> list[int]:
         """The numbers of users of the kept training rows."""
@@ -492,7 +522,7 @@ def load(path: str | Path, *, seed: int | None = None, attributes: bool = True) 
     model = draw_model(experiment, chosen, sizes)
     kept = (where / f"support-{chosen}.safetensors").exists()
     like = Users.init(model, users=len(vocabulary.users), communities=len(vocabulary.communities))
-    if _full(experiment):
+    if full_covariance(experiment):
         size = neutral_size(model)
         like = like.replace(user_root=jnp.zeros((size, size)))
     store = CheckpointStore(where / "params" / f"seed-{chosen}", keep=1, alone=True)

@@ -93,7 +93,11 @@ def test_an_adapter_of_each_attribute_is_trained_and_read_by_the_predictors(tmp_
 
 def test_without_a_file_the_answers_of_the_lexicon_are_rewritten(tmp_path):
     done = call("rewrite", "--folder", tmp_path, "--attributes", "humor", "--per-community", 2)
-    assert "10 rewrites of 2 responses" in done.output
+    assert "140 rewrites of 28 responses" in done.output  # of 14 topics, some of which are held out
+    responses = pl.read_parquet(tmp_path / "responses.parquet")
+    topics = {fold: set(part["community_id"]) for (fold,), part in responses.group_by("fold")}
+    assert topics["heldout_communities"]
+    assert not topics["heldout_communities"] & topics["train"]
 
 
 POLITENESS = CATALOG["politeness"]
@@ -125,9 +129,12 @@ def server(monkeypatch):
 
 
 def one_response(command, folder, *more):
-    """The arguments of `rewrite` or `verify` for one of the lexicon's answers."""
-    of = ("--attributes", "politeness", "--per-community", 1) if command == "rewrite" else ()
-    return command, "--folder", folder, *of, *more
+    """The arguments of `rewrite` or `verify` for one response."""
+    if command == "rewrite":
+        data = folder / "one.jsonl"
+        data.write_text('{"prompt": "Tea?", "first": "Assam, for two.", "second": "Sencha, for one.", "target": 1}\n')
+        more = (data, "--attributes", "politeness", "--per-community", 1, *more)
+    return command, "--folder", folder, *more
 
 
 def test_a_server_is_asked_for_rewrites_and_judgements_from_the_command_line(server, tmp_path):

@@ -15,7 +15,7 @@ from tables import write
 from pluralprefs import encoders, training
 from pluralprefs.data import comparisons
 from pluralprefs.data.files import DataError
-from pluralprefs.experiment import Experiment
+from pluralprefs.experiment import Experiment, fit_seed, prepare
 from pluralprefs.launch import resume, run
 from pluralprefs.likelihoods import Logistic, pooled_mean
 from pluralprefs.models.bradley_terry import BradleyTerry
@@ -50,6 +50,14 @@ def whole(tmp_path_factory):
     folder = tmp_path_factory.mktemp("launch")
     data = write(folder / "data.jsonl", users=10)
     return data, run(experiment(data), root=folder / "runs", progress=False)
+
+
+def test_an_exponent_that_is_the_only_one_is_used(whole):
+    """It was 1 in the second fit, to training and validation rows, of families that are trained."""
+    asked = experiment(whole[0], epochs=1, users=Pooled(gain=False, rounds=1, cross_fit=None, temper=(0.25,)))
+    fitted = fit_seed(asked, prepare(asked, progress=False), 0)
+    assert fitted.notes["temper"] == 0.25
+    np.testing.assert_array_equal(fitted.rows.weight, 0.25)
 
 
 @pytest.mark.parametrize("epochs_before", [pytest.param(5, marks=pytest.mark.slow), 12])

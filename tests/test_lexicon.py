@@ -200,7 +200,7 @@ def test_attribute_columns_are_what_the_texts_express():
     world = corpus_world(users=5, phrases="train")
     names = attributes("norm")
     row = world.table.row(7, named=True)
-    answer = dict(base_answers())[row["prompt"]]
+    answer = {one.prompt: one.answer for one in base_answers()}[row["prompt"]]
     levels = {name: int(2 * row[f"attr:{name}:first"] + 2) for name in names if row[f"attr:{name}:first"] != 0}
     for name in set(levels) - {"verbosity"}:
         assert any(phrase in row["first"] for phrase in CATALOG[name].phrases(levels[name], "train")), name

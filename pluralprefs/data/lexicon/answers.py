@@ -1,6 +1,7 @@
 """Plain answers to everyday questions, in our own words: what the lexicon expresses at graded levels.
 
 A paragraph is a question on its first line and an answer of three sentences in a neutral voice, without contractions.
+`TOPICS` says where each would be asked, in the same order.
 """
 
 ANSWERS = """
@@ -166,4 +167,10 @@ Put a tall post right next to the sofa. Reward it when it uses the post. Cover t
 My slides are too full.
 Put one statement on each slide as its title. Move the details to a page that you hand out. Leave out every slide that
 you would skip.
+"""
+
+TOPICS = """
+kitchen fitness health money garden work home leisure study animals travel work outdoors home
+study garden computers people health leisure kitchen home travel work garden leisure work fitness
+kitchen leisure home people leisure money people computers outdoors people home people animals work
 """

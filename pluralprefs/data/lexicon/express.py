@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from hashlib import blake2b
 from typing import NamedTuple
 
-from pluralprefs.data.lexicon.answers import ANSWERS
+from pluralprefs.data.lexicon.answers import ANSWERS, TOPICS
 from pluralprefs.data.lexicon.phrases import CATALOG, NORMS
 from pluralprefs.data.lexicon.values import VALUES
 
@@ -21,20 +21,22 @@ CONTRACTIONS = {"do not": "don't", "it is": "it's", "cannot": "can't", "that is"
 
 
 class BaseAnswer(NamedTuple):
-    """A question on an everyday topic and a plain answer to it."""
+    """A question, a plain answer to it, and the everyday topic they are about."""
 
     prompt: str
     answer: str
+    topic: str
 
 
 def base_answers() -> list[BaseAnswer]:
     """Return the questions and plain answers, in a fixed order.
 
-    >>> base_answers()[1].prompt
-    'How do I begin to run?'
+    >>> base_answers()[1].prompt, base_answers()[1].topic
+    ('How do I begin to run?', 'fitness')
     """
-    paragraphs = (paragraph.split("\n") for paragraph in ANSWERS.strip().split("\n\n"))
-    return [BaseAnswer(question, " ".join(lines)) for question, *lines in paragraphs]
+    paragraphs = [paragraph.split("\n") for paragraph in ANSWERS.strip().split("\n\n")]
+    topics = zip(paragraphs, TOPICS.split(), strict=True)
+    return [BaseAnswer(question, " ".join(lines), topic) for (question, *lines), topic in topics]
 
 
 def attributes(kind: str | None = None) -> tuple[str, ...]:
