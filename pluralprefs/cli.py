@@ -317,7 +317,7 @@ def profile(
         raise ValueError("--test: the run's own communities were tested on its own data; give it with --user, --users "
                          "or --communities")  # fmt: skip
     folder = find_run(run, root)
-    seeds = folder.read()["seeds"] if seed is None and users is None else [seed]
+    seeds = [seed] if seed is not None or users is not None else folder.read()["seeds"] or [None]
     of_users = user is not None or users is not None
     parts = []
     for one in seeds if of_users or communities is not None else ():
