@@ -14,7 +14,8 @@ ideal_direction   62.3 [59.6, 64.8]; 0.717     54.6 [47.6, 61.4]; 0.698    59.7 
 attribute_attention (seed 0 alone; people without a community)
                   70.6 [67.4, 73.7]; 0.599     57.4 [48.9, 64.6]; 0.681    62.9 [56.0, 69.4]; 0.682
 
-Much of it is dishes that the user had already ranked (23 % of the rows follow from the user's other rows by
+Much of it is dishes that the user had already ranked (experiments/food_tastes.py has the cells apart, and says whether
+profiles of single people are honest; 23 % of the rows follow from the user's other rows by
 transitivity, says the leak report). Pairs of one ordering are not independent, and low_rank with a full covariance
 trusts them too much (NLL above zero-shot at 32). Offered tempering, its validation rows choose none (run again on
 2026-11-22, the same row): they too follow from the training rows by transitivity. Those of low_rank and
