@@ -9,9 +9,11 @@ Held-out users show shots and are asked about other comparisons of theirs; `judg
     scale    how much sharper one user is than the mean over users that a prediction is: with the spread it loses the
              fewest nats
 
-Few held-out users say little of these: trust is drawn to 0, scale to 1 and spread to 0 (`left_open`). What shots of
-responses that training does not know say is judged apart (`far_judges`); its spread is only nearly in log-odds, for
-how much users differ (`Residual.unit`) is known of responses that training knows.
+What no shot leaves open is how users differ, of which all users of the training tell, and held-out users need not.
+These are few, and say little: trust is drawn to 0 and scale to 1, and of the spread they tell the share that shots
+leave of what they differ by themselves (`spread_of`). What shots of responses that training does not know say is judged
+apart (`far_judges`); its spread is only nearly in log-odds, for how much users differ (`Residual.unit`) is known of
+responses that training knows.
 """
 
 from __future__ import annotations
@@ -164,42 +166,52 @@ class Trust(NamedTuple):
 
 
 def trusted(
-    model: Residual, items: Item, notes: dict[str, Any], near: Judging, away: tuple[Residual, Judging] | None = None
+    model: Residual, items: Item, notes: dict[str, Any], rows: Rows, near: Judging,
+    away: tuple[Residual, Judging] | None = None,
 ) -> Residual:  # fmt: skip
     """Learn trust, scale, spread and most for shots of responses that training knows and (by `away`, a model and
     judges) of others.
+
+    `rows` are those of all users of the training, with what the population says of them, out of fold, as `offset`.
 
     A number of shots that few have, fewer than `ENOUGH` users and than a quarter of those who have one, teaches noise:
     it is trusted as the number before it, and more shots than that count as that many, since nobody bore out that they
     say more; far away, where few have much to show, as many count as near.
     """
-    found = [_judged(model, items, near, notes)]
+    found = [_judged(model, items, near, rows, notes)]
     if away is not None:
         notes["far"] = {}
-        found.append(_judged(away[0], items, away[1], notes["far"]))
+        found.append(_judged(away[0], items, away[1], rows, notes["far"]))
     learned = {name: jnp.asarray(np.stack([getattr(part, name) for part in (found[0], found[-1])]), jnp.float32)
                for name in Trust._fields}  # fmt: skip
     return model.replace(**learned | {"most": jnp.maximum(learned["most"], learned["most"][0])})
 
 
-def _judged(model: Residual, items: Item, judging: Judging, notes: dict[str, Any]) -> Trust:
-    """What the users of `judging` bear out at each number of shots."""
+def _judged(model: Residual, items: Item, judging: Judging, everyone: Rows, notes: dict[str, Any]) -> Trust:
+    """What the users of `judging` bear out at each number of shots, and what `everyone` leaves open without any."""
     knots = jnp.tile(jnp.asarray(KNOTS, jnp.float32), (2, 1))
     open_ended = model.replace(shots=knots, trust=jnp.ones_like(knots), scale=jnp.ones_like(knots),
                                spread=jnp.zeros_like(knots), most=jnp.full(2, 1e6))  # fmt: skip
     rows, asked = judging
-    learned: list[tuple[float, float, float]] = []
-    enough_for, everyone = 0, 1
-    for count in KNOTS[:-1]:
+    usual = left_open(_of_nobody(open_ended, items, everyone), 0.0)
+    own = spread_of(_shown(open_ended, items, judging, 0, least=0), 0.0, usual[1])
+
+    def bear_out(found: Asked) -> tuple[float, float, float]:
+        """Trust, scale and spread. Held-out users tell what share of what they differ by themselves is left open."""
+        factor = borne_out(found)
+        spread = usual[1] * min(1.0, spread_of(found, factor, usual[1]) / max(own, np.exp(NO_SPREAD)))
+        return factor, scale_of(found, factor, spread), spread
+
+    learned = [(0.0, *usual)]
+    enough_for, with_one = 0, 1
+    for count in KNOTS[1:-1]:
         found = _shown(open_ended, items, judging, count, least=count)
         users = len(np.unique(found.rows.user))
-        everyone = max(users, 1) if count == 1 else everyone
-        enough = users >= min(ENOUGH, everyone / 4)
-        if count and not enough:
+        with_one = max(users, 1) if count == 1 else with_one
+        if users < min(ENOUGH, with_one / 4):
             learned.append(learned[-1])
             continue
-        factor = borne_out(found) if count else 0.0
-        learned.append((factor, *left_open(found, factor)))
+        learned.append(bear_out(found))
         enough_for = count
     many = min(int(np.unique(np.asarray(rows.user), return_counts=True)[1].max()), MANY)
     shown_of_many = many * (0.75 if isinstance(asked, str) and asked == "pair" else 0.5)
@@ -208,13 +220,11 @@ def _judged(model: Residual, items: Item, judging: Judging, notes: dict[str, Any
         arms = {"all": 1e6, SHOTS: float(SHOTS)}
         shown = {name: _shown(open_ended.replace(most=jnp.full(2, cap)), items, judging, many, least=SHOTS + 1)
                  for name, cap in arms.items()}  # fmt: skip
-        if len(np.unique(shown["all"].rows.user)) >= min(ENOUGH, everyone / 4):
-            factor = {name: borne_out(part) for name, part in shown.items()}
-            nats = {name: validation_nats(part.offset + factor[name] * part.shift, np.zeros(1), part.rows)
+        if len(np.unique(shown["all"].rows.user)) >= min(ENOUGH, with_one / 4):
+            nats = {name: validation_nats(part.offset + borne_out(part) * part.shift, np.zeros(1), part.rows)
                     for name, part in shown.items()}  # fmt: skip
             best = min(nats, key=nats.__getitem__)
-            at_all = factor[best], *left_open(shown[best], factor[best])
-            most, last = arms[best], max(last, shown_of_many)
+            at_all, most, last = bear_out(shown[best]), arms[best], max(last, shown_of_many)
             notes["validation_nll_of_shots"] = {str(name): value for name, value in nats.items()}
     trust, scale, spread = np.array([*learned, at_all]).T
     for name, values in (("trust", trust), ("scale", scale), ("spread", spread)):
@@ -257,6 +267,17 @@ def _shown(model: Residual, items: Item, judging: Judging, count: int, *, least:
     return Asked(shift, np.asarray(picked.offset, float), picked, units[1], differences(model, items, picked))
 
 
+def _of_nobody(model: Residual, items: Item, rows: Rows) -> Asked:
+    """Up to `SHOTS` comparisons of each of some users of whom nothing is known."""
+    draw, user = np.random.default_rng(0), np.where(_usable(rows), rows.user, -1)
+    known = draw.permutation(np.unique(user[user >= 0]))[:MOST_DRAWS]
+    chosen = [draw.permutation(np.flatnonzero(user == one))[:SHOTS] for one in known]
+    place = np.concatenate([np.zeros(0, int), *chosen])
+    picked = take(rows, place)
+    return Asked(np.zeros(len(place)), np.asarray(picked.offset, float), picked, user[place],
+                 differences(model, items, picked))  # fmt: skip
+
+
 def differences(model: Residual, items: Item, rows: Rows) -> Float[np.ndarray, "rows others"]:
     """How users of the training differ about the log-odds of `rows`: `left_open` of a user whose spread is 1."""
     sides = np.stack([rows.first, rows.second])
@@ -295,21 +316,25 @@ def borne_out(found: Asked, most: float = 4.0) -> float:
     return float(best.x * max(0.0, 1 - (error / best.x) ** 2))
 
 
-def left_open(found: Asked, factor: float) -> tuple[float, float]:
-    """Scale of what is predicted, and spread of users about it.
+def left_open(found: Asked, factor: float, usual: float = 1.0) -> tuple[float, float]:
+    """Scale of what is predicted (`scale_of`), and spread of users about it (`spread_of`)."""
+    spread = spread_of(found, factor, usual)
+    return scale_of(found, factor, spread), spread
 
-    The spread is that of the most evidence, with a scale of its own: what is predicted is the mean of a Gaussian
-    process over a user's answers, whose kernel says how users of the training differ, and each draw is a user. Of the
-    scales the one is taken whose predictions, averaged over what is open, lose the fewest nats; none below 1, which
-    would say that the population is wrong, and not that users differ. Next to nothing is open where the answers say so,
-    nothing where users of the training do not differ, or nobody answers.
+
+def spread_of(found: Asked, factor: float, usual: float = 1.0) -> float:
+    """The spread of users, about a prediction with this factor, that has the most evidence, with a scale of its own.
+
+    What is predicted is the mean of a Gaussian process over a user's answers, whose kernel says how users of the
+    training differ, and each draw is a user. Next to nothing is open where the answers say so, nothing where users of
+    the training do not differ, or nobody answers.
 
     Few users say little: log(scale) is normal beforehand with deviation `USUAL_SCALE`, the spread half Cauchy with
-    scale 1, in units of how the users of the training differ. The draws of one user count as one.
+    scale `usual`, in log-odds. The draws of one user count as one.
     """
     draws, begin, unit = np.unique(found.unit, return_index=True, return_inverse=True)
-    if not len(draws):
-        return 1.0, 0.0
+    if not len(draws) or not found.apart.any():
+        return 0.0
     user = np.asarray(found.rows.user)[begin]
     chosen = np.sort(np.random.default_rng(0).permutation(len(draws))[:MOST_DRAWS])
     lines = np.full((min(step_up(len(chosen)), MOST_DRAWS), SHOTS), -1)  # few shapes to compile
@@ -319,27 +344,42 @@ def left_open(found: Asked, factor: float) -> tuple[float, float]:
     predicted = (found.offset + factor * found.shift).astype(np.float32)
     rows = padded(found.rows.replace(offset=predicted), lines)
     apart = found.apart[np.maximum(lines, 0)].astype(np.float32)
-    lost = partial(_lost, np.einsum("uiv,ujv->uij", apart, apart), rows, len(chosen) / len(np.unique(user[chosen])))
+    kernel, repeats = np.einsum("uiv,ujv->uij", apart, apart), len(chosen) / len(np.unique(user[chosen]))
+    lost = partial(_lost, kernel, rows, repeats, max(usual, np.exp(NO_SPREAD)))
     best: Any = minimize(lost, np.zeros(2), jac=True, method="L-BFGS-B", tol=1e-5,
                          bounds=[(-1.6, 1.6), (NO_SPREAD, 3.5)])  # fmt: skip
-    spread = float(np.exp(best.x[1])) if apart.any() else 0.0
+    return float(np.exp(best.x[1]))
+
+
+def scale_of(found: Asked, factor: float, spread: float) -> float:
+    """The scale whose predictions, averaged over what is open, lose the fewest nats; 1 where nobody answers.
+
+    None below 1, which would say that the population is wrong, and not that users differ. log(scale) is normal
+    beforehand with deviation `USUAL_SCALE`; the draws of one user count as one.
+    """
+    if not len(found.unit):
+        return 1.0
+    predicted = (found.offset + factor * found.shift).astype(np.float32)
     variance = spread**2 * np.einsum("rv,rv->r", found.apart, found.apart)
-    answers = found.rows.weight.sum() / (len(draws) / len(np.unique(user)))
+    repeats = len(np.unique(found.unit)) / len(np.unique(found.rows.user))
+    answers = found.rows.weight.sum() / repeats
 
     def nats(log_scale: float) -> float:
         mean = validation_nats(np.exp(log_scale) * predicted, variance, found.rows)
         return float(answers * mean + 0.5 * (log_scale / USUAL_SCALE) ** 2)
 
     scaled: Any = minimize_scalar(nats, bounds=(0.0, np.log(10.0)), method="bounded")
-    return float(np.exp(scaled.x)), spread
+    return float(np.exp(scaled.x))
 
 
-def _lost(kernel: np.ndarray, rows: Rows, repeats: float, logarithms: np.ndarray) -> tuple[float, np.ndarray]:
+def _lost(
+    kernel: np.ndarray, rows: Rows, repeats: float, usual: float, logarithms: np.ndarray
+) -> tuple[float, np.ndarray]:
     """Minus the log posterior of a scale and a spread, and its slope; each user is there `repeats` times."""
     nats, slope = lost_evidence(jnp.asarray(logarithms, jnp.float32), kernel, rows)
     if not np.isfinite(nats) or not np.isfinite(slope).all():  # steps that ran away: this is not the place
         return 1e12, np.zeros(2)
-    standard, squared = logarithms[0] / USUAL_SCALE, np.exp(2 * logarithms[1])
+    standard, squared = logarithms[0] / USUAL_SCALE, np.exp(2 * logarithms[1]) / usual**2
     beforehand = 0.5 * standard**2 + np.log1p(squared), np.array([standard / USUAL_SCALE, 2 * squared / (1 + squared)])
     return float(nats) / repeats + beforehand[0], np.asarray(slope, float) / repeats + beforehand[1]
 

@@ -353,17 +353,37 @@ def test_what_shots_say_is_not_trusted_where_it_says_nothing(monkeypatch):
     family = FAMILIES["fast_weights"]()
     model = Residual.init(population=LowRank.init(key=KEY, dim=DIM, rank=1), family=family, knots=len(KNOTS))
     notes = {}
-    coins = trusted(settled(model, family, X, table), X, notes, Judging(table, "pair"))
+    coins = trusted(settled(model, family, X, table), X, notes, table, Judging(table, "pair"))
     assert float(jnp.abs(coins.trust).max()) < 0.15
     taste = np.asarray(draw.normal(size=(60, DIM)))[table.user] * 3
     told = ((taste * (E[first] - E[second])).sum(1) > 0).astype(np.float32)
     told = Judging(table.replace(target=told), "pair")
     model = settled(model, family, X, table)
-    assert float(trusted(model, X, notes, told).trust[:, -3:].min()) > 0.5
-    near_alone = trusted(model, X, notes, told, (model, Judging(table, "pair")))
+    assert float(trusted(model, X, notes, told.rows, told).trust[:, -3:].min()) > 0.5
+    near_alone = trusted(model, X, notes, told.rows, told, (model, Judging(table, "pair")))
     assert float(near_alone.trust[0, -3:].min()) > 0.5
     assert float(near_alone.trust[1].max()) < 0.15
     assert notes["far"]["trust"]["8"] == pytest.approx(float(near_alone.trust[1, 4]))
+
+
+def test_what_shots_leave_open_is_a_share_of_what_all_users_differ_by():
+    """Held-out users who differ half as much as others, by luck, do not halve what is left open: shots say nothing."""
+    draw = np.random.default_rng(0)
+    user = np.repeat(np.arange(120), 40).astype(np.int32)
+    first = draw.integers(0, 6, len(user)).astype(np.int32)
+    second = ((first + draw.integers(1, 6, len(user))) % 6).astype(np.int32)
+    taste = np.where(user < 60, 0.5, 1.0)[:, None] * draw.normal(size=(120, DIM))[user]
+    chance = 1 / (1 + np.exp(-(taste * (E[first] - E[second])).sum(1)))
+    table = jax.tree.map(np.asarray, rows(first, second, draw.random(len(user)) < chance)).replace(user=user)
+    model = Residual.init(population=LowRank.init(key=KEY, dim=DIM, rank=1), family=FAMILIES["set_pooled"](),
+                          knots=len(KNOTS))  # fmt: skip
+    model, few, many = settled(model, model.family, X, table), np.flatnonzero(user < 60), np.flatnonzero(user >= 60)
+    near = Judging(take(table, few), "pair")
+    alone, found = (trusted(model, X, {}, take(table, part), near) for part in (few, many))
+    assert float(found.spread[0, 0]) > 1.6 * float(alone.spread[0, 0])
+    shares = [np.asarray(one.spread[0, 1:5] / one.spread[0, 0]) for one in (alone, found)]
+    np.testing.assert_allclose(*shares, rtol=0.3)  # the prior is wider where all differ more
+    assert 0.5 < np.min(shares) <= np.max(shares) <= 1.0
 
 
 def test_a_number_of_shots_that_few_have_is_trusted_as_the_number_before_it(monkeypatch):
@@ -378,7 +398,7 @@ def test_a_number_of_shots_that_few_have_is_trusted_as_the_number_before_it(monk
     table = jax.tree.map(np.asarray, rows(first, second, told)).replace(user=user)
     family = FAMILIES["fast_weights"]()
     model = Residual.init(population=LowRank.init(key=KEY, dim=DIM, rank=1), family=family, knots=len(KNOTS))
-    found = trusted(settled(model, family, X, table), X, {}, Judging(table, "pair"))
+    found = trusted(settled(model, family, X, table), X, {}, table, Judging(table, "pair"))
     assert float(found.trust[0, 3]) > 0.2  # 4 shots, all that most have
     np.testing.assert_allclose(found.trust[:, 3:], found.trust[0, 3])
     np.testing.assert_array_equal(found.most, 4.0)
