@@ -6,15 +6,20 @@ The predictors are those of `make palette`, learned from rewrites by the lexicon
 wrote are a guess at the attribute, tested here on rewrites of arguments in phrases that no head has met. Each vote came
 with a reason in free text; `MENTIONS` finds the words by which a reason speaks of an attribute. A reason is evidence of
 what a person weighed, though it names attributes that are easy to name.
-Result (2026-11-22, debates, seed 0, heads given, 21 minutes of one of 2 busy CPU cores; LOG.md has more). The heads
-order 99.0 % of rewrites of 96 arguments two or more levels apart (assertiveness 94.3 %, all others 97 % and more).
-With attributes minus the same model without: +2.6 points [+1.2, +4.1] and -0.076 nats on new debates, -0.4 [-1.0,
-+0.3] and +0.005 [-0.003, +0.013] on known ones; new users at 32 shots -0.9 [-2.1, +0.2], +0.017 [+0.006, +0.026]:
-negative in nats. All debates like verbosity (+1.7 [+1.4, +2.0] for the population) and politeness (+1.1), and dislike
-what scores high on security (-1.7), which no reason explains. Reasons speak of length or detail in 17.8 % of votes,
-the most of 12 attributes, of directness in 6.9 % (preference -0.7: the heads' directness is not the reasons'), of
-security in 0.3 %. Over attributes the share of reasons and the size of the preference hardly agree (Spearman +0.22, n
-= 12; over 13 debates +0.56 for verbosity, -0.44 to +0.39 for the others).
+Two models without attributes stand beside it: `w . h alone`, which is what is left of the same model where it has no
+attributes, and `own weights`, where every debate and every worker departs in all 384 weights of the text.
+Result (2026-11-23, debates, seeds 0 to 2, heads with topics held out, 38 minutes on one of 2 CPU cores beside other
+jobs; LOG.md has more). The heads order 99.0 % of rewrites of 96 arguments two or more levels apart (assertiveness 93.4
+%, all others 96.7 % and more). With attributes minus w . h alone: +5.5 points [+4.0, +6.8] and -0.110 nats on new
+debates, +3.8 [+2.4, +5.1], -0.063 on known ones; new users +2.5 [+0.8, +4.6] to +2.8 (0 to 32 shots), -0.036 to
+-0.044, on known debates, +4.0 [+0.2, +7.5] to +4.3, -0.10, on new ones: more in every cell. Minus own weights: +5.6
+[+4.1, +6.9], -0.102 on new debates, -0.4 [-0.9, +0.2], +0.003 [-0.004, +0.010] on known ones; new users +4.2 [+0.5,
++7.5] to +4.7 on new debates, NEGATIVE on known ones: -0.9 [-1.8, -0.1] to -1.6 [-2.4, -0.6] points, +0.009 to +0.013
+nats: 19 numbers say less of a debate than 384. All debates like verbosity (+2.0 [+1.6, +2.5] for the population) and
+politeness (+0.9), and dislike what scores high on security (-1.2), which no reason explains. Reasons speak of length or
+detail in 17.8 % of votes, the most of 12 attributes, of directness in 6.9 % (preference -0.2 [-0.4, +0.0]: the heads'
+directness is not the reasons'), of security in 0.3 %. Over attributes the share of reasons and the size of the
+preference hardly agree (Spearman +0.22, n = 12; over 13 debates -0.41 to +0.24).
 Workers' stances (2026-11-23, --community worker_stance, seed 0, heads given, 18 minutes beside another job; 21,624
 votes): with attributes minus without, +4.6 points [+2.8, +6.3] and -0.062 nats [-0.084, -0.040] on new debates, +1.5
 [-0.0, +2.7] and -0.026 [-0.037, -0.012] on known ones; new users at 32 shots +1.5 [-1.5, +4.3], -0.002 [-0.031, +0.029]
@@ -50,6 +55,7 @@ from pluralprefs.experiment import FAMILIES, Experiment
 from pluralprefs.launch import run, table_in_memory
 from pluralprefs.models.bradley_terry import BradleyTerry
 from pluralprefs.profiles import over_seeds, profile_table
+from pluralprefs.users import Pooled
 
 DATA = os.environ.get("PLURALPREFS_DATA", "../shared/data")
 LEAST = 20  # votes of a worker, as in the fixed protocol
@@ -134,18 +140,18 @@ def reasons(community: str, weights: pl.DataFrame) -> None:
     console.print(f"Over attributes: Spearman of share and |preference| {both:+.2f} (n = {len(whole)})")
 
 
-def difference(ours: pl.DataFrame, theirs: pl.DataFrame) -> None:
+def difference(ours: pl.DataFrame, theirs: pl.DataFrame, without: str) -> None:
     """Print accuracy and NLL with attributes minus without, paired, with intervals over users, in every cell."""
     sides = [
         part.filter(pl.col("model") == name, pl.col("control").is_null())
-        for part, name in ((ours, "attribute_attention"), (theirs, "without attributes"))
+        for part, name in ((ours, "attribute_attention"), (theirs, without))
     ]
     for cell, shots in sides[0].select("cell", "shots").unique().sort("cell", "shots").rows():
         one, other = (side.filter(pl.col("cell") == cell, pl.col("shots").eq_missing(shots)) for side in sides)
         for metric in ("accuracy", "nll"):
             d = paired_difference(one, other, metric)
             found = f"{metric} {d.value:+.4f} [{d.ci_low}, {d.ci_high}]"
-            console.print(f"with attributes minus without, {cell}@{shots} {found}", highlight=False, markup=False)
+            console.print(f"with attributes minus {without}, {cell}@{shots} {found}", highlight=False, markup=False)
 
 
 def spearman(one: list[float], other: list[float]) -> float:
@@ -170,10 +176,11 @@ def main(folder: Path, root: Path, community: str, seeds: tuple[int, ...]) -> No
     for row in own.sort("cell", "shots").iter_rows(named=True):
         console.print(f"{row['cell']}@{row['shots']} {row['control'] or ''} {row['metric']} {row['value']:.4f} "
                       f"[{row['ci_low']:.4f}, {row['ci_high']:.4f}]", highlight=False)  # fmt: skip
-    without = {"model": partial(BradleyTerry.init, item_effects=False), "users": attention["users"]}
-    plain = run(Experiment(name="without attributes", controls=False, seeds=seeds, **{**without, **shared}), root=root,
-                table=votes)  # fmt: skip
-    difference(found.folder.table("predictions"), plain.folder.table("predictions"))
+    for name, users in (("w . h alone", Pooled(levels=(), cross_fit=None)), ("own weights", attention["users"])):
+        without = {"model": partial(BradleyTerry.init, item_effects=False), "users": users}
+        plain = run(Experiment(name=name, controls=False, seeds=seeds[:1], **{**without, **shared}), root=root,
+                    table=votes)  # fmt: skip
+        difference(found.folder.table("predictions"), plain.folder.table("predictions"), name)
     reasons(community, weights)
     spread = np.abs(weights.filter(kind="preference")["mean"].to_numpy()).mean()
     console.print(f"Mean |preference| {spread:.2f}. Next: pluralprefs profile {found.folder.path}", markup=False)

@@ -369,7 +369,7 @@ def test_what_shots_say_is_not_trusted_where_it_says_nothing(monkeypatch):
 def test_what_shots_leave_open_is_a_share_of_what_all_users_differ_by():
     """Held-out users who differ half as much as others, by luck, do not halve what is left open: shots say nothing."""
     draw = np.random.default_rng(0)
-    user = np.repeat(np.arange(120), 40).astype(np.int32)
+    user = np.repeat(np.arange(120), 60).astype(np.int32)
     first = draw.integers(0, 6, len(user)).astype(np.int32)
     second = ((first + draw.integers(1, 6, len(user))) % 6).astype(np.int32)
     taste = np.where(user < 60, 0.5, 1.0)[:, None] * draw.normal(size=(120, DIM))[user]
@@ -379,11 +379,15 @@ def test_what_shots_leave_open_is_a_share_of_what_all_users_differ_by():
                           knots=len(KNOTS))  # fmt: skip
     model, few, many = settled(model, model.family, X, table), np.flatnonzero(user < 60), np.flatnonzero(user >= 60)
     near = Judging(take(table, few), "pair")
-    alone, found = (trusted(model, X, {}, take(table, part), near) for part in (few, many))
+    notes = {}
+    alone, found = (trusted(model, X, notes, take(table, part), near) for part in (few, many))
     assert float(found.spread[0, 0]) > 1.6 * float(alone.spread[0, 0])
     shares = [np.asarray(one.spread[0, 1:5] / one.spread[0, 0]) for one in (alone, found)]
     np.testing.assert_allclose(*shares, rtol=0.3)  # the prior is wider where all differ more
     assert 0.5 < np.min(shares) <= np.max(shares) <= 1.0
+    assert set(notes["validation_nll_of_shots"]) == {"all", "32"}  # users have more than an episode shows
+    assert float(found.most[0]) in (32.0, 1e6)
+    assert notes["spread"]["all"] == pytest.approx(float(found.spread[0, -1]))
 
 
 def test_a_number_of_shots_that_few_have_is_trusted_as_the_number_before_it(monkeypatch):
