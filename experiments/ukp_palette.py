@@ -20,12 +20,13 @@ politeness (+0.9), and dislike what scores high on security (-1.2), which no rea
 detail in 17.8 % of votes, the most of 12 attributes, of directness in 6.9 % (preference -0.2 [-0.4, +0.0]: the heads'
 directness is not the reasons'), of security in 0.3 %. Over attributes the share of reasons and the size of the
 preference hardly agree (Spearman +0.22, n = 12; over 13 debates -0.41 to +0.24).
-Workers' stances (2026-11-23, --community worker_stance, seed 0, heads given, 18 minutes beside another job; 21,624
-votes): with attributes minus without, +4.6 points [+2.8, +6.3] and -0.062 nats [-0.084, -0.040] on new debates, +1.5
-[-0.0, +2.7] and -0.026 [-0.037, -0.012] on known ones; new users at 32 shots +1.5 [-1.5, +4.3], -0.002 [-0.031, +0.029]
-on known debates, +2.9 [-2.6, +8.5], -0.036 [-0.093, +0.019] on new ones. The three stances weigh alike: verbosity +2.1
-[+1.7, +2.5] to +2.3, politeness +0.8 to +0.9, security -1.5; each stance's preferences lie within the others'
-intervals. Reasons and preferences over attributes: Spearman +0.33 (n = 12).
+Workers' stances (2026-11-23, --community worker_stance, seed 0, the same heads, 10 minutes; 21,624 votes): minus w . h
+alone +5.1 points [+2.8, +6.9] and -0.071 nats on new debates, +2.8 [+0.8, +4.5], -0.047 on known ones; new users at 32
+shots +1.6 [-1.9, +4.8], -0.031 [-0.062, -0.001] on known debates, +2.1 [-3.5, +7.7], -0.013 on new ones. Minus own
+weights +4.7 [+2.5, +6.5], -0.071 and +2.1 [+0.7, +3.5], -0.033; new users +1.3 [-2.2, +4.3], -0.015 and +1.9 [-3.2,
++7.3], -0.001. The three stances weigh alike: verbosity +2.0 [+1.7, +2.4] to +2.2, politeness +0.5 to +0.7, security
+-0.9 to -1.0; each stance's preferences lie within the others' intervals. Reasons and preferences over attributes:
+Spearman -0.22 (n = 12; +0.33 with other heads: it says little).
 """
 
 from __future__ import annotations

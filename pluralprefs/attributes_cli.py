@@ -49,6 +49,9 @@ def rewrite(
     attributes: Named = None,
     catalog: Annotated[Path | None, typer.Option(help="Your own attributes (.toml, .json) for the nineteen.")] = None,
     per_community: Annotated[int, typer.Option(help="Responses of a community.")] = 100,
+    communities_out: Annotated[
+        float, typer.Option(help="Share of the communities that predictors are only tested on.", min=0, max=0.9)
+    ] = 0.2,
     seed: Annotated[int, typer.Option(help="Of the sample and of the lexicon.")] = 0,
     teacher: TeacherName = "lexicon",
     model: Model = None,
@@ -66,7 +69,7 @@ def rewrite(
 
     whole = known.load(catalog) if catalog else known.CATALOG
     chosen = known.choose(attributes.split(","), whole) if attributes else whole
-    responses = with_folds(_responses(data, per_community, seed))
+    responses = with_folds(_responses(data, per_community, seed), communities_out=communities_out)
     asking = Asking(teacher, model, price, max_cost, concurrency, rate)
     with asking.open(lambda: _lexicon("fit", seed)) as first:
         others = _phrases_apart(seed) if teacher == "lexicon" else None
