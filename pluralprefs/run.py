@@ -296,7 +296,9 @@ class Run:
         if isinstance(self.model, InfersUser) or not np.asarray(self.users.community_root).any():
             raise DataError(f"{name} fitted no communities, whose spread a new one's comparisons are weighed against: "
                             'fit with users.levels that hold "community"')  # fmt: skip
-        lacking = table[column].is_null().arg_true() if column in table.columns else [0]
+        if column not in table.columns:
+            raise DataError(f"column {column!r}: is missing; it names the community of each row's member")
+        lacking = table[column].is_null().arg_true()
         if len(lacking):
             raise DataError(f"row {lacking[0] + 1}, column {column!r}: names no community; give each row that of its "
                             "member")  # fmt: skip

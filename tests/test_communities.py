@@ -116,6 +116,8 @@ def test_what_no_community_can_be_fitted_to_is_one_line():
     some = table.with_columns(community_id=pl.when(pl.int_range(pl.len()) != 3).then(pl.lit("c")))
     with pytest.raises(DataError, match=r"row 4, column 'community_id': names no community"):
         run.with_communities(some)
+    with pytest.raises(DataError, match="column 'community_id': is missing"):
+        run.with_communities(table.drop("community_id"))
     with pytest.raises(DataError, match="community 'a': handmade was fitted to it"):
         run.with_communities(table.with_columns(community_id=pl.lit("a")))
     flat = replace(run, users=run.users.replace(community_root=0 * run.users.community_root))
