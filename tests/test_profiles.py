@@ -9,7 +9,7 @@ import polars as pl
 import pytest
 from families import FAMILIES, items, pick, rows
 
-from pluralprefs import profiles
+from pluralprefs import communities
 from pluralprefs.adapting import adapt_units
 from pluralprefs.fitting import Fitted, take
 from pluralprefs.profiles import (
@@ -172,9 +172,9 @@ def test_a_user_has_a_profile_as_wide_as_what_is_known(monkeypatch):
     np.testing.assert_allclose(far["mean"], of(whole, "", "preference"), rtol=1e-5)
     assert found.filter(pl.col("user") == "ana", pl.col("kind") == "attention")["mean"].sum() == pytest.approx(1.0)
     inverses, adapted = [], []
-    pinv, adapt = np.linalg.pinv, profiles.adapt_units
+    pinv, adapt = np.linalg.pinv, communities.adapt_units
     monkeypatch.setattr(np.linalg, "pinv", lambda *given, **options: inverses.append(1) or pinv(*given, **options))
-    monkeypatch.setattr(profiles, "adapt_units", lambda *given: adapted.append(set(given[4])) or adapt(*given))
+    monkeypatch.setattr(communities, "adapt_units", lambda *given: adapted.append(set(given[4])) or adapt(*given))
     one = user_weights(fitted, x, {"ana": (0, known, 20)}, ("cats", "dogs"), NAMES)
     assert len(inverses) == 1
     assert adapted == [{0}]  # the community of the one user, and no other
