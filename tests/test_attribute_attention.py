@@ -84,6 +84,15 @@ def test_without_attributes_the_reward_is_the_head_alone_exactly(family):
     assert float(model.replace(gain=jnp.zeros(())).reward(model.init_user(), item)) == float(alone)
 
 
+@pytest.mark.parametrize("slope", [jax.jacfwd, jax.grad])
+def test_without_attributes_no_user_moves_the_reward(slope):
+    """Its slopes are 0, forwards and backwards: they were not a number, and so were log-odds of users without them."""
+    model, item = perturbed(FAMILIES["attribute_attention"]()), pick(items(1), 0)
+    item = item.replace(attribute_mask=jnp.zeros_like(item.attribute_mask))
+    found = slope(lambda user: model.reward(user, item))(model.init_user())
+    jax.tree.map(lambda x: np.testing.assert_array_equal(x, 0.0), found)
+
+
 def test_a_masked_attribute_changes_nothing_whatever_its_value():
     model, x = perturbed(ours()), items(7)
     item = pick(x, 0).replace(attribute_mask=jnp.array([True, False, True]))

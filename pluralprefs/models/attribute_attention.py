@@ -149,7 +149,8 @@ class AttributeAttention(Replaceable):
         scores = read.score if self.paper else read.score + user["attention"]
         top = jax.lax.stop_gradient(jnp.max(jnp.where(read.mask, scores, -jnp.inf), initial=-1e30))
         weights = jnp.where(read.mask, jnp.exp(jnp.where(read.mask, scores - top, 0.0)), 0.0)
-        return weights / jnp.maximum(jnp.sum(weights), 1e-30)
+        total = jnp.sum(weights)  # 1 or more, for the highest score; 0 where no attribute is at hand
+        return weights / jnp.where(total > 0, total, 1.0)
 
     def _read(self, item: Item) -> _Read:
         """All that the reward needs to know of an item, whoever the user is."""
