@@ -288,7 +288,10 @@ class Run:
         joined = jax.tree.map(lambda a, b: np.concatenate([a, b]), support, more)
         padding = [""] * (int(self.items.embedding.shape[0]) - len(self.judged))
         judged = (*self.judged, *padding, *batches.item_table(table)["item_id"])
-        return replace(grown, rows=joined, items=both, judged=judged)
+        users = _with_members(
+            self.model, users, both, joined, np.unique(more.user[more.user >= 0]), len(vocabulary.users)
+        )
+        return replace(grown, users=users, rows=joined, items=both, judged=judged)
 
     def _new_communities(self, table: pl.DataFrame) -> list[str]:
         """The communities that a table names, all of which the run can take in. Raises DataError for any other."""
@@ -302,7 +305,7 @@ class Run:
         if len(lacking):
             raise DataError(f"row {lacking[0] + 1}, column {column!r}: names no community; give each row that of its "
                             "member")  # fmt: skip
-        found = table[column].unique(maintain_order=True).to_list()
+        found = sorted(table[column].unique().to_list())  # numbered alike whatever the order of the rows
         for community in found:
             if community in self.vocabulary.communities:
                 raise DataError(f"community {community!r}: {name} was fitted to it; leave its rows out, or train again "
@@ -476,6 +479,19 @@ class Run:
         given = [users[name].mean if name in users else None for name in names]
         first, second = mean_rewards(self.model, self.users, items, rows, given)
         return {"reward_first": pl.Series(first), "reward_second": pl.Series(second)}
+
+
+def _with_members(model: Any, users: Users, items: Item, rows: Rows, members: np.ndarray, count: int) -> Users:
+    """The table with `count` users, these members at the means that all their rows give them."""
+    more = count - int(users.user.gain.shape[0])
+    table = jax.tree.map(lambda x: jnp.pad(x, [(0, more)] + [(0, 0)] * (x.ndim - 1)), users.user)
+    if len(members):
+        user = np.asarray(rows.user)
+        mine = np.flatnonzero(np.isin(user, members))
+        found = adapt_units(model, users, items, take(rows, mine), user[mine])
+        means = jax.tree.map(lambda *leaves: np.stack(leaves), *(found[int(one)].mean for one in members))
+        table = jax.tree.map(lambda all_, x: all_.at[members].set(x), table, means)
+    return users.replace(user=table)
 
 
 def _usual(numbers: Any) -> int:

@@ -103,6 +103,24 @@ def test_the_same_comparisons_make_the_same_run_and_states_of_another_are_refuse
             wrong.load_users(tmp_path / "u.safetensors")
 
 
+def test_communities_have_the_same_numbers_whatever_the_order_of_the_rows():
+    table = pl.concat([read(judged(community="d")), read(judged(community="c", seed=1))])
+    run = handmade(table)
+    one, other = run.with_communities(table), run.with_communities(table.reverse())
+    assert one.fingerprint == other.fingerprint
+    assert one.vocabulary.communities == other.vocabulary.communities == ("a", "b", "c", "d")
+
+
+def test_rewards_of_members_are_those_of_their_own_states():
+    table = read(judged())
+    run = handmade(table)
+    items, rows = run.arrays(table.head(4))
+    kept = replace(run, rows=jax.tree.map(np.asarray, rows), items=items)
+    scores = kept.with_communities(table).score(table)
+    assert set(scores["user_source"]) == {"seen"}
+    np.testing.assert_allclose(scores["reward_first"] - scores["reward_second"], scores["log_odds"], atol=1e-2)
+
+
 def test_comparisons_that_say_nothing_leave_a_new_community_at_the_population():
     table = read(judged().with_columns(weight=pl.lit(0.0)))
     found = handmade(table).with_communities(table)
