@@ -306,8 +306,8 @@ class Run:
             raise DataError(f"row {lacking[0] + 1}, column {column!r}: names no community; give each row that of its "
                             "member")  # fmt: skip
         if table["target"].null_count():
-            raise DataError(f"row {table['target'].is_null().arg_true()[0] + 1}, column 'target': is missing; say which "
-                            "response was preferred")  # fmt: skip
+            raise DataError(f"row {table['target'].is_null().arg_true()[0] + 1}, column 'target': is missing; say "
+                            "which response was preferred")  # fmt: skip
         found = sorted(table[column].unique().to_list())  # numbered alike whatever the order of the rows
         for community in found:
             if community in self.vocabulary.communities:
