@@ -266,6 +266,9 @@ def is_one_user(path: str | Path) -> bool:
 
 def _belonging(path: str | Path, run: Adapts) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     arrays, metadata = load_arrays(path)
+    if metadata.get("base") != run.fingerprint and metadata.get("run") == run.folder.name:
+        raise DataError(f"{path}: these users were adapted to another fit of {run.folder.name!r}: give the same --seed "
+                        "and --communities, or adapt them again")  # fmt: skip
     if metadata.get("base") != run.fingerprint:
         raise DataError(f"{path}: these users belong to run {metadata.get('run', '?')!r}, not to "
                         f"{run.folder.name!r}: adapt them to this run")  # fmt: skip

@@ -95,13 +95,7 @@ def adapt_and_predict(
     model, items = reduced(model, items)
     linear = isinstance(model, LinearInUser) and adapter is laplace_user
     solve = _LinearRoute(model, users, items, support, query) if linear else _AnyRoute(model, users, items, adapter)
-    order = np.argsort(query_unit, kind="stable")
-    begin = np.searchsorted(query_unit[order], np.arange(query_unit.max(initial=-1) + 2))
-    for units, index in _with_empty(support_unit, query_unit, 2 * neutral_size(model)):
-        counts = begin[units + 1] - begin[units]
-        rows = np.full((len(index), step_up(int(counts.max()))), -1)
-        for i, u in enumerate(units):
-            rows[i, : counts[i]] = order[begin[u] : begin[u + 1]]
+    for index, rows in _rectangles(support_unit, query_unit, 2 * neutral_size(model)):
         m, v = solve(support, index, query, rows)
         mean[rows[rows >= 0]] = m[rows >= 0]
         variance[rows[rows >= 0]] = v[rows >= 0]
@@ -165,6 +159,20 @@ def _linear(
     return jax.vmap(unit)(local, minus, rows, first, second, base)
 
 
+def _rectangles(
+    support_unit: np.ndarray, query_unit: np.ndarray, floats: int
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yield rectangles of support rows and of query rows of the units that are asked about, -1 as padding."""
+    order = np.argsort(query_unit, kind="stable")
+    begin = np.searchsorted(query_unit[order], np.arange(query_unit.max(initial=-1) + 2))
+    for units, index in _with_empty(support_unit, query_unit, floats):
+        counts = begin[units + 1] - begin[units]
+        rows = np.full((len(index), step_up(int(counts.max()))), -1)
+        for i, u in enumerate(units):
+            rows[i, : counts[i]] = order[begin[u] : begin[u + 1]]
+        yield index, rows
+
+
 def _with_empty(support_unit: np.ndarray, query_unit: np.ndarray, floats: int) -> Any:
     """Rectangles of support rows for every unit that is asked about, those without support included."""
     asked = np.unique(query_unit)
@@ -183,13 +191,40 @@ def predict_seen(fitted: Fitted, items: Item, query: Rows) -> tuple[np.ndarray, 
 
     Rows of unknown users (-1) are scored for their community, with variance of the user prior.
     """
-    user = np.asarray(query.user)
-    stranger = int(user.max(initial=-1)) + 1
-    stranger = max(stranger, int(np.asarray(fitted.rows.user).max(initial=-1)) + 1)
-    unit = np.where(user >= 0, user, stranger)
-    known = np.asarray(fitted.rows.user) >= 0
-    support = jax.tree.map(lambda x: x[known], fitted.rows)
+    support, unit = _of_table(fitted, query)
     return adapt_and_predict(fitted.model, fitted.users, items, support, np.asarray(support.user), query, unit)
+
+
+def _of_table(fitted: Fitted, query: Rows) -> tuple[Rows, np.ndarray]:
+    """Training rows of the table's own users, and whose each query row is; unknown users share one number."""
+    user, owner = np.asarray(query.user), np.asarray(fitted.rows.user)
+    stranger = int(max(user.max(initial=-1), owner.max(initial=-1))) + 1
+    return take(fitted.rows, owner >= 0), np.where(user >= 0, user, stranger)
+
+
+def seen_on(fitted: Fitted, items: Item, query: Rows) -> Callable[[Item], tuple[np.ndarray, np.ndarray]]:
+    """`predict_seen` for other features of the same items: users are adapted to `items`, once, and not to those.
+
+    For families that are adapted row by row (`_AnyRoute`), whose users do not depend on what is asked.
+    """
+    model, users = fitted.model, fitted.users
+    support, unit = _of_table(fitted, query)
+    owner, support, query = np.asarray(support.user), strangers(support), strangers(query)
+    with one_blas_thread():
+        adapted = [
+            (_adapt(model, users, items, padded(support, index), route(model, laplace_user)), rows)
+            for index, rows in _rectangles(owner, unit, 2 * neutral_size(model))
+        ]
+
+    def predicted(view: Item) -> tuple[np.ndarray, np.ndarray]:
+        mean, variance = np.zeros(len(unit)), np.zeros(len(unit))
+        for posterior, rows in adapted:
+            m, v = _predict(model, users, view, posterior, padded(query, rows))
+            mean[rows[rows >= 0]] = np.asarray(m)[rows >= 0]
+            variance[rows[rows >= 0]] = np.asarray(v)[rows >= 0]
+        return mean, variance + float(users.residual)
+
+    return predicted
 
 
 @one_blas_thread()

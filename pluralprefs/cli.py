@@ -15,7 +15,9 @@ from pluralprefs.attributes_cli import attributes_app
 from pluralprefs.deploy_cli import export, serve
 from pluralprefs.encode_cli import encode
 from pluralprefs.personas_cli import personas_app
+from pluralprefs.profile_cli import profile
 from pluralprefs.registry_cli import runs_app
+from pluralprefs.run_options import RUNS, Debug, Named, New, Root, Seed, opened
 from pluralprefs.terminal import plainly, say, warn
 from pluralprefs.users_cli import ask, choose, suggest
 from pluralprefs.wandb_cli import Mirror, after, chosen, wandb_app
@@ -43,19 +45,11 @@ MODELS = (
     "bradley_terry, bradley_terry_mlp, individual, low_rank, lore, ideal_point, ideal_direction, attribute_attention; "
     "inferred from shots: fast_weights, variational, swap_symmetric, neural_process, meta_reward, set_pooled."
 )
-Root = Annotated[Path, typer.Option("--root", help="Folder of run folders.")]
-RUNS = Path("runs")
-Named = Annotated[str, typer.Argument(help="Run folder, its name, or a part that no other name in --root has.")]
 Source = Annotated[
     str, typer.Argument(help="An experiment file that defines `experiment`, or a run: folder, name or part of one.")
 ]
-Seed = Annotated[int | None, typer.Option("--seed", help="Which of the run's fits; the first by default.")]
 Set = Annotated[list[str] | None, typer.Option("--set", help="Override a part: --set model.prototypes=8")]
 Seeds = Annotated[str | None, typer.Option("--seeds", help="Seeds, for example 0,1,2")]
-New = Annotated[
-    Path | None,
-    typer.Option("--communities", help="Comparisons of communities the run has not met, fitted first."),
-]
 Vmap = Annotated[bool | None, typer.Option(help="Train all seeds in one program; as it is, on GPU and TPU only.")]
 
 
@@ -77,7 +71,7 @@ def train(
     process: Annotated[
         int | None, typer.Option(envvar="PLURALPREFS_PROCESS", help="Which this is, from 0.", min=0)
     ] = None,
-    debug: Annotated[bool, typer.Option(help="Show tracebacks.")] = False,
+    debug: Debug = False,
 ) -> None:
     """Run an experiment file, repeat a recorded run, or continue one. The last line is the run folder.
 
@@ -124,7 +118,7 @@ def sweep(
     root: Root = RUNS,
     vmap: Vmap = None,
     wandb: Mirror = None,
-    debug: Annotated[bool, typer.Option(help="Show tracebacks.")] = False,
+    debug: Debug = False,
 ) -> None:
     """Run every combination of settings, a run each. The same command again goes on where it was stopped."""
     from dataclasses import replace
@@ -166,7 +160,7 @@ def fit(
     save_users: Annotated[bool, typer.Option(help="Keep seen users' rows in the run, to score them later.")] = True,
     keep_ids: Annotated[bool, typer.Option("--keep-ids", help="Do not pseudonymise user ids.")] = False,
     wandb: Mirror = None,
-    debug: Annotated[bool, typer.Option(help="Show tracebacks.")] = False,
+    debug: Debug = False,
 ) -> None:
     """Fit a family to your own comparisons. The last line is the run folder."""
     from pluralprefs.launch import fit as fit_table
@@ -185,15 +179,16 @@ def fit(
 def evaluate(
     run: Named,
     data: Annotated[Path, typer.Option(help="Comparisons to evaluate on.")],
+    communities: New = None,
     root: Root = RUNS,
     seed: Seed = None,
     json: Annotated[bool, typer.Option("--json", help="Metric rows as JSON lines.")] = False,
-    debug: Annotated[bool, typer.Option(help="Show tracebacks.")] = False,
+    debug: Debug = False,
 ) -> None:
     """Every metric, baseline and control on other data."""
     from pluralprefs.results import results_table
 
-    loaded = _load(run, root, seed)
+    loaded = opened(run, root, seed, communities)
     rows = loaded.evaluate(loaded.read(data))
     if not rows.height:
         raise ValueError(f"{data}: nothing to test: its few pairs are all support of new users, or were trained on")
@@ -214,14 +209,14 @@ def adapt(
     communities: New = None,
     root: Root = RUNS,
     seed: Seed = None,
-    debug: Annotated[bool, typer.Option(help="Show tracebacks.")] = False,
+    debug: Debug = False,
 ) -> None:
     """Adapt to new users from their comparisons, all in one call.
 
     With --prior the file is of one user and keeps the encoded comparisons behind the state, no texts: `suggest` and
     `ask` need them. Without, it keeps states alone. States that were adapted with --communities are scored with them.
     """
-    loaded = _load(run, root, seed, communities)
+    loaded = opened(run, root, seed, communities)
     empty = not comparisons.read_bytes().strip()
     if prior is not None:
         _one(loaded, comparisons, prior, method, user_id, empty).save(out)
@@ -253,13 +248,13 @@ def score(
     out: Annotated[Path | None, typer.Option(help="Where scores go (.jsonl, .csv, .parquet); else printed.")] = None,
     root: Root = RUNS,
     seed: Seed = None,
-    debug: Annotated[bool, typer.Option(help="Show tracebacks.")] = False,
+    debug: Debug = False,
 ) -> None:
     """Rewards, P(first) and uncertainty of each pair, and whose state was used."""
     from pluralprefs.adapted import is_one_user
     from pluralprefs.data.files import write_frame
 
-    loaded = _load(run, root, seed, communities)
+    loaded = opened(run, root, seed, communities)
     table = loaded.read(data, labelled=False)
     users = loaded.load_users(user) if user else {}
     table = _named(table, users)
@@ -275,94 +270,6 @@ def score(
         say(f"{scores.height} scores written to {out}")
 
 
-@app.command(
-    epilog="Examples: pluralprefs profile runs/2026-... --community engineers · "
-    "pluralprefs profile runs/2026-... --communities nurses.jsonl · pluralprefs profile runs/2026-... --user ana · "
-    "pluralprefs profile runs/2026-... --users user.safetensors"
-)
-@plainly
-def profile(
-    run: Named,
-    community: Annotated[str | None, typer.Option(help='One, all by default; of --users ("" for none).')] = None,
-    communities: New = None,
-    user: Annotated[str | None, typer.Option(help='A user of the training data, or "all"; needs kept rows.')] = None,
-    users: Annotated[
-        Path | None, typer.Option(help="States of `adapt`; name their --community, which they lack.")
-    ] = None,
-    test: Annotated[
-        Path | None, typer.Option(help="Held-out comparisons, for ablation and shapley of users and --communities.")
-    ] = None,
-    kind: Annotated[
-        str, typer.Option(help="preference, attention, ablation, shapley (six attributes or fewer).")
-    ] = "preference",
-    root: Root = RUNS,
-    seed: Annotated[int | None, typer.Option("--seed", help="One of the run's fits; their mean by default.")] = None,
-    out: Annotated[Path | None, typer.Option(help="Where all rows go (.jsonl, .csv, .parquet); else printed.")] = None,
-    json: Annotated[bool, typer.Option("--json", help="All rows as JSON lines.")] = False,
-    debug: Annotated[bool, typer.Option(help="Show tracebacks.")] = False,
-) -> None:
-    """What each community (or user) likes, looks at, and would miss, by attribute, with 95 % intervals.
-
-    Intervals are widened by what the run's fits (seeds) differ by; states of --users belong to one of them.
-    """
-    import polars as pl
-
-    from pluralprefs.data.files import write_frame
-    from pluralprefs.profiles import over_seeds, profile_table
-    from pluralprefs.registry import find_run
-
-    if user is not None and (users is not None or community is not None):
-        raise ValueError("--user names somebody of the training data: leave --users and --community out")
-    if test is not None and user is None and users is None and communities is None:
-        raise ValueError("--test: the run's own communities were tested on its own data; give it with --user, --users "
-                         "or --communities")  # fmt: skip
-    folder = find_run(run, root)
-    seeds = [seed] if seed is not None or users is not None else folder.read()["seeds"] or [None]
-    of_users = user is not None or users is not None
-    parts = []
-    for one in seeds if of_users or communities is not None else ():
-        loaded = _load(str(folder.path), root, one, communities)
-        held_out = None if test is None else loaded.read(test)
-        if of_users:
-            found = _user_profiles(loaded, user, users, community, held_out)
-        else:
-            assert communities is not None
-            new = loaded.read(communities)[loaded.experiment.community].unique(maintain_order=True).to_list()
-            found = loaded.community_profile(new, test=held_out)
-        parts.append(found.with_columns(seed=pl.lit(one, pl.Int64)))
-    if not of_users:
-        own = folder.table("attribute_weights")
-        parts.append(own if seed is None else own.filter(pl.col("seed") == seed))
-    rows = over_seeds(pl.concat(parts, how="diagonal"))
-    if community is not None and not of_users:
-        rows = rows.filter(community=community)
-    if not rows.height:
-        raise ValueError(f"--community {community}: the run has no profile of it")
-    if out is not None:
-        write_frame(rows, out)
-        say(f"{rows.height} rows written to {out}")
-    else:
-        say(rows.write_ndjson().rstrip() if json else profile_table(rows, kind))
-
-
-def _user_profiles(
-    loaded: Run, user: str | None, users: Path | None, community: str | None, test: pl.DataFrame | None
-) -> pl.DataFrame:
-    """Profiles of adapted users, or of those of the training data."""
-    if users is not None and community is None and bool((loaded.users.community_root > 0).any()):
-        names = ", ".join(loaded.vocabulary.communities)
-        raise ValueError(f"{users}: a user state does not say from which community the user departs; add --community "
-                         f'with one of {names}, or --community "" for none')  # fmt: skip
-    if users is not None:
-        return loaded.profile(loaded.load_users(users), community=community or None, test=test)
-    if user is None or user == "all":
-        return loaded.profile(test=test)
-    known = [name for name in (user, loaded.known_as(user)) if name in loaded.vocabulary.users]
-    if not known:
-        raise ValueError(f"--user {user}: is no user of the training data that the run kept")
-    return loaded.profile(known[:1], test=test)
-
-
 @app.command(epilog="Example: pluralprefs report 7f3a 99b0 --html report.html")
 @plainly
 def report(
@@ -370,7 +277,7 @@ def report(
     html: Annotated[Path, typer.Option(help="Where the page goes: one file, which loads nothing.")],
     title: Annotated[str, typer.Option(help="Heading of the page.")] = "Runs",
     root: Root = RUNS,
-    debug: Annotated[bool, typer.Option(help="Show tracebacks.")] = False,
+    debug: Debug = False,
 ) -> None:
     """Write one page about runs: tables that sort, and pictures."""
     from pluralprefs.registry import find_run
@@ -380,6 +287,11 @@ def report(
     say(f"{html}: written")
 
 
+app.command(
+    epilog="Examples: pluralprefs profile runs/2026-... --community engineers · "
+    "pluralprefs profile runs/2026-... --communities nurses.jsonl · pluralprefs profile runs/2026-... --user ana · "
+    "pluralprefs profile runs/2026-... --users user.safetensors"
+)(profile)
 app.command(
     epilog="Examples: pluralprefs encode my.jsonl --out features · "
     "pluralprefs encode part-*.parquet --encoder models/llama --out features --task 3/16"
@@ -401,7 +313,7 @@ app.command(
 @plainly
 def check(
     data: Annotated[Path, typer.Argument(help="Comparisons: .jsonl, .parquet or .csv.")],
-    debug: Annotated[bool, typer.Option(help="Show tracebacks.")] = False,
+    debug: Debug = False,
 ) -> None:
     """Validate a file and say what is in it."""
     from pluralprefs.data.comparisons import read_checked, summary
@@ -468,15 +380,6 @@ def _seeds(text: str) -> tuple[int, ...]:
         return found
     except ValueError:
         raise ValueError(f"--seeds {text!r}: give different whole numbers with commas, for example 0,1,2") from None
-
-
-def _load(name: str, root: Path, seed: int | None, communities: Path | None = None) -> Run:
-    """A run, with the communities of a file that it has not met."""
-    from pluralprefs.registry import find_run
-    from pluralprefs.run import load
-
-    loaded = load(find_run(name, root).path, seed=seed)
-    return loaded if communities is None else loaded.with_communities(loaded.read(communities))
 
 
 def _finish(folder: RunFolder, wandb: str) -> None:

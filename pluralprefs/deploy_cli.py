@@ -7,17 +7,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from pluralprefs.run_options import RUNS, Debug, Named, New, Root, Seed, opened
 from pluralprefs.terminal import plainly, say, warn
 
 if TYPE_CHECKING:
     from pluralprefs.adapted import AdaptedUser
     from pluralprefs.run import Run
-
-Root = Annotated[Path, typer.Option("--root", help="Folder of run folders.")]
-RUNS = Path("runs")
-Named = Annotated[str, typer.Argument(help="Run folder, its name, or a part that no other name in --root has.")]
-Seed = Annotated[int | None, typer.Option("--seed", help="Which of the run's fits; the first by default.")]
-Debug = Annotated[bool, typer.Option(help="Show tracebacks.")]
 
 
 @plainly
@@ -32,6 +27,7 @@ def export(
         bool, typer.Option("--drop-item-effects", help="Leave out effects of single responses.")
     ] = False,
     format: Annotated[str, typer.Option(help='"hf": safetensors, config and tokenizer for transformers.')] = "hf",
+    communities: New = None,
     root: Root = RUNS,
     seed: Seed = None,
     debug: Debug = False,
@@ -45,7 +41,7 @@ def export(
 
     if format != "hf":
         raise ValueError(f'--format {format}: the one format is "hf"')
-    loaded = _load(run, root, seed)
+    loaded = opened(run, root, seed, communities)
     found = write(loaded, out, user=_person(loaded, user, prior), drop_item_effects=drop_item_effects)
     say(f"{found}: written; its README.md says how to load it")
 
@@ -63,6 +59,7 @@ def serve(
     batch: Annotated[int, typer.Option(help="Comparisons in one call, at most.")] = 256,
     queue: Annotated[int, typer.Option(help="Comparisons that may wait; more are answered by 503.")] = 4096,
     body: Annotated[float, typer.Option(help="Megabytes of a request, at most.")] = 8.0,
+    communities: New = None,
     root: Root = RUNS,
     seed: Seed = None,
     debug: Debug = False,
@@ -76,7 +73,7 @@ def serve(
     from pluralprefs.serve import Limits, listen
 
     limits = Limits(batch=batch, queue=queue, wait=wait / 1000, body=int(body * 2**20))
-    scorer = Scorer(_load(run, root, seed), users)
+    scorer = Scorer(opened(run, root, seed, communities), users)
     listening = listen(scorer, host=host, port=port, limits=limits, ends=end or ())
     if host not in ("127.0.0.1", "::1", "localhost"):
         warn(f"{host}: whoever reaches this address may ask for any user; let a proxy ask them who they are")
@@ -99,10 +96,3 @@ def _person(loaded: Run, path: Path | None, prior: str) -> AdaptedUser:
         raise ValueError(f"{path}: holds {len(states)} users, and a model is one's: adapt one with --prior population")
     [(name, posterior)] = states.items()
     return replace(loaded.adapt(prior=prior), name=name, posterior=posterior)
-
-
-def _load(name: str, root: Path, seed: int | None) -> Run:
-    from pluralprefs.registry import find_run
-    from pluralprefs.run import load
-
-    return load(find_run(name, root).path, seed=seed)

@@ -46,7 +46,7 @@ from pluralprefs.models.neural_process import NeuralProcess
 from pluralprefs.models.residual import Residual
 from pluralprefs.models.set_pooled import SetPooled
 from pluralprefs.models.variational import Variational
-from pluralprefs.pooling import fit_pooled, half_fits, shared_variance, tempered_population
+from pluralprefs.pooling import fit_pooled, half_fits, shared_variance, tempered, tempered_population
 from pluralprefs.profiles import preference_variance
 from pluralprefs.train import attribute_dropout
 from pluralprefs.training import Report, Together, gradient_bases, temperature_scale
@@ -442,14 +442,19 @@ def _fit(
     if not trained:
         base, notes = tempered_population(model, prepared.features, rows, pooled, validation)
     else:
+        if len(pooled.population_temper) != 1:
+            raise ValueError(f"users.population_temper {pooled.population_temper}: {type(model).__name__} is trained "
+                             "by gradient, with one exponent of the population's likelihood: give the one")  # fmt: skip
+        [exponent] = pooled.population_temper
         joint = users if not linear and "user" in experiment.users.levels else 0  # trained beside the model
         train = partial(
-            gradient_bases, [new(one) for one in together.seeds], prepared.features, rows, pooled, users=joint,
-            likelihood=experiment.likelihood, reduction=experiment.reduction, optimizer=experiment.optimizer(),
-            batch_size=_batch_size(experiment.batch_size, len(rows.target)), validation=validation,
-            transform=experiment.transform,
+            gradient_bases, [new(one) for one in together.seeds], prepared.features, tempered(rows, exponent), pooled,
+            users=joint, likelihood=experiment.likelihood, reduction=experiment.reduction,
+            optimizer=experiment.optimizer(), batch_size=_batch_size(experiment.batch_size, len(rows.target)),
+            validation=validation, transform=experiment.transform,
         )  # fmt: skip
         base, notes = together.base(seed, stage, experiment.epochs, train)
+        notes |= {"population_temper": exponent}
     if not isinstance(experiment.likelihood, Logistic):
         if validation is not None:
             scale = float(temperature_scale(*base(None), prepared.features, validation))

@@ -97,7 +97,7 @@ def fit_pooled(
 
     base(mask) returns (model, users) with the population fitted on the rows of the mask (None: all), and no deviations.
     `validation` rows choose the tempering exponent where `pooled.temper` offers several, and the residual variance; the
-    exponent of the communities is `notes["population_temper"]`, which `tempered_population` leaves there.
+    exponent of the communities is `notes["population_temper"]`, which whatever fitted the population leaves there.
     """
     notes = {} if notes is None else notes
     model, table = base(None)

@@ -33,7 +33,7 @@ import polars as pl
 from jaxtyping import Float
 
 from pluralprefs.adapt import left_open, variance
-from pluralprefs.adapting import predict_rows, predict_seen
+from pluralprefs.adapting import predict_rows, seen_on
 from pluralprefs.communities import community_posteriors
 from pluralprefs.fitting import Fitted, Rows, gathered, take
 from pluralprefs.intervals import estimate_mean
@@ -88,7 +88,8 @@ def attribute_weights(
     found = [*_preferences(fitted, items, names), *_attention(fitted, items, names)]
     if len(test.target):
         community, users = np.asarray(test.community), pl.Series(np.asarray(test.user)).replace(-1, None)
-        for kind, at, lost in _worth(partial(_seen_nats, fitted, items, test), items):
+        predicted = seen_on(fitted, items, test)
+        for kind, at, lost in _worth(lambda view: _nats(*predicted(view), test), items):
             for number, name in names.items():
                 own = community == number if number >= 0 else np.ones(len(community), bool)
                 found += [
@@ -359,14 +360,6 @@ def _with_only(items: Item, subset: Any) -> Item:
     """The items with all attributes but these taken away."""
     keep = np.isin(np.arange(_mask(items).shape[-1]), list(subset))
     return items.replace(attribute_mask=jnp.asarray(_mask(items) & keep))
-
-
-def _seen_nats(fitted: Fitted, items: Item, test: Rows, asked: Item) -> Float[np.ndarray, " rows"]:
-    """Nats of each test row, its user adapted on `items` and predicted on `asked`."""
-    count = int(items.embedding.shape[0])
-    both = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), items, asked)
-    query = test.replace(first=test.first + count, second=test.second + count)
-    return _nats(*predict_seen(fitted, both, query), test)
 
 
 def _own_nats(fitted: Fitted, posterior: UserPosterior, test: Rows, asked: Item) -> Float[np.ndarray, " rows"]:

@@ -43,7 +43,7 @@ from pluralprefs.choosing import against_average, responses_table
 from pluralprefs.communities import with_new
 from pluralprefs.contrasts import controls
 from pluralprefs.data import batches, comparisons, splits
-from pluralprefs.data.files import DataError
+from pluralprefs.data.files import DataError, require_targets
 from pluralprefs.data.ids import pseudonym
 from pluralprefs.describe import resolve
 from pluralprefs.encoders.attributes import AttributeEncoder
@@ -61,7 +61,8 @@ from pluralprefs.experiment import (
 )
 from pluralprefs.fitting import Fitted, Rows, step_up, take
 from pluralprefs.metrics import summarise
-from pluralprefs.profiles import attribute_weights, user_weights
+from pluralprefs.pooling import tempered
+from pluralprefs.profiled import of_communities, of_users
 from pluralprefs.registry.files import RegistryError, load_arrays
 from pluralprefs.registry.folder import RunFolder, open_run
 from pluralprefs.saving import SENTENCES, full_covariance
@@ -74,7 +75,8 @@ from pluralprefs.users import Users, neutral
 class Run:
     """A loaded run; see the module. `rows` and `items` are the seen users' support, None where it was not kept.
 
-    `judged` are the item ids of `items`. `cache` is where features of texts are kept, as `encoders.cache` has it.
+    `judged` are the item ids of `items`, `seed` says which of the run's fits it is. `cache` is where features of texts
+    are kept, as `encoders.cache` has it.
     """
 
     folder: RunFolder
@@ -90,6 +92,7 @@ class Run:
     items: Item | None
     judged: tuple[str, ...]
     fingerprint: str
+    seed: int = 0
     cache: Cache = None
 
     def read(self, path: str | Path, **options: Any) -> pl.DataFrame:
@@ -140,7 +143,7 @@ class Run:
         place = {name: i for i, name in enumerate(dict.fromkeys(names))}
         order = list(place)
         items, rows = self.arrays(table)
-        rows = rows.replace(weight=(rows.weight * self.notes.get("temper", 1.0)).astype(np.float32))
+        rows = tempered(rows, self.notes.get("temper", 1.0))
         unit = np.array([place[name] for name in names])
         for units, stacked in adapt_rectangles(self.model, self.users, items, rows, unit, adapter=chosen):
             yield [order[u] for u in units], stacked
@@ -247,9 +250,9 @@ class Run:
         items, rows = self.arrays(table)
         if "cell" not in table.columns:
             known = np.zeros(table.height, bool) if self.rows is None else np.isin(rows.user, self.rows.user)
-            table = _with_cells(table, known & (np.asarray(rows.user) >= 0), self._trained(table, rows))
+            table = _with_cells(table, known & (np.asarray(rows.user) >= 0), self.trained_on(table, rows))
         draws = splits.support_draws(table, shots=self.experiment.shots, draws=self.experiment.draws)
-        support, both, query = self._beside(items, rows)
+        support, both, query = self.beside(items, rows)
         fitted = Fitted(self.model, self.users, support, self.notes)
         predictions = evaluate(fitted, both, table, query, draws, model=self.experiment.name,
                                shots=self.experiment.shots, adapter=self.experiment.adapter)  # fmt: skip
@@ -276,15 +279,13 @@ class Run:
             vocabulary = vocabulary._replace(users=(*vocabulary.users, *(name for name in people if name not in known)))
         within = replace(self, vocabulary=vocabulary)
         items, rows = within.arrays(table)
-        support, both, more = within._beside(items, rows)
-        exponent = self.notes.get("population_temper", 1.0)
-        weighed = more.replace(weight=(more.weight * exponent).astype(np.float32))
-        users = with_new(Fitted(self.model, self.users, weighed, self.notes), both, len(vocabulary.communities))
+        support, both, more = within.beside(items, rows)
+        more = tempered(more, self.notes.get("temper", 1.0))
+        users = with_new(Fitted(self.model, self.users, more, self.notes), both, len(vocabulary.communities))
         said = f"{self.fingerprint} {fingerprint(table)}"  # of what was said, so that the same again is the same run
         grown = replace(within, users=users, fingerprint=hashlib.sha256(said.encode()).hexdigest()[:32])
         if self.rows is None or self.items is None:
             return grown
-        more = more.replace(weight=(more.weight * self.notes.get("temper", 1.0)).astype(np.float32))
         joined = jax.tree.map(lambda a, b: np.concatenate([a, b]), support, more)
         padding = [""] * (int(self.items.embedding.shape[0]) - len(self.judged))
         judged = (*self.judged, *padding, *batches.item_table(table)["item_id"])
@@ -305,9 +306,7 @@ class Run:
         if len(lacking):
             raise DataError(f"row {lacking[0] + 1}, column {column!r}: names no community; give each row that of its "
                             "member")  # fmt: skip
-        if table["target"].null_count():
-            raise DataError(f"row {table['target'].is_null().arg_true()[0] + 1}, column 'target': is missing; say "
-                            "which response was preferred")  # fmt: skip
+        require_targets(table)
         found = sorted(table[column].unique().to_list())  # numbered alike whatever the order of the rows
         for community in found:
             if community in self.vocabulary.communities:
@@ -321,20 +320,10 @@ class Run:
         """Attribute profiles of communities, all and the population by default, new ones (`with_communities`) too.
 
         Preference and attention with intervals; with held-out comparisons in `test`, ablation and Shapley values too
-        (`profiles.attribute_weights`). Slopes are taken over the kept training rows. Raises DataError where the run
-        kept none, TypeError for a family without attributes.
+        (`profiles.attribute_weights`), on those pairs that their users were not trained on. Slopes are taken over the
+        kept training rows. Raises DataError where the run kept none, TypeError for a family without attributes.
         """
-        fitted, items, names = self._profiled()
-        known = self.vocabulary.communities
-        for community in communities or ():
-            if community not in known:
-                raise DataError(f"community {community!r}: the run has {', '.join(known) or 'none'}")
-        asked = None if communities is None else [known.index(community) for community in communities]
-        rows = _no_rows(fitted.rows)
-        if test is not None:
-            more, found = self.arrays(test)
-            _, items, rows = self._beside(more, found)
-        return attribute_weights(fitted, items, rows, known, names, asked=asked)
+        return of_communities(self, communities, test)
 
     def profile(
         self, users: Mapping[str, UserPosterior] | Sequence[str] | None = None, *, community: str | None = None,
@@ -344,56 +333,11 @@ class Run:
 
         `users` are adapted ones by name, who depart from `community` (None: from the population), or names of users of
         the training data, who depart each from the community of most of its rows; without `users` all of the latter.
-        With held-out comparisons of theirs in `test`, ablation and Shapley values too. Slopes are taken over the kept
-        training rows. Raises DataError where the run kept none or not that user's, TypeError for a family without
-        attributes.
+        With held-out comparisons of theirs in `test`, ablation and Shapley values too, on those pairs that the run was
+        not trained on with them; of adapted users it does not know the pairs. Slopes are taken over the kept training
+        rows. Raises DataError where the run kept none or not that user's, TypeError for a family without attributes.
         """
-        fitted, items, names = self._profiled()
-        if isinstance(users, str) or (community is not None and not isinstance(users, Mapping)):
-            raise TypeError("profile takes a list of names, ['ana'], who depart from their own communities; community= "
-                            "is for adapted users")  # fmt: skip
-        known = self.vocabulary.communities
-        if community is not None and community not in known:
-            raise DataError(f"community {community!r}: the run has {', '.join(known) or 'none'}")
-        if isinstance(users, Mapping):
-            place = -1 if community is None else known.index(community)
-            units = {name: (place, posterior, None) for name, posterior in users.items()}
-        else:
-            user, rows = np.asarray(fitted.rows.user), fitted.rows
-            mine = np.flatnonzero(user >= 0 if users is None else np.isin(user, self._numbers(users)))
-            found = adapt_units(self.model, self.users, items, take(rows, mine), user[mine])
-            units = {
-                self.vocabulary.users[u]: (_usual(rows.community[user == u]), p, int((user == u).sum()))
-                for u, p in found.items()
-            }
-        asked: dict[str, Rows] = {}
-        if test is not None:
-            more, found = self.arrays(test)
-            _, items, rows = self._beside(more, found)
-            owner = test["user_id"].to_numpy()
-            for name, (place, *_) in units.items():
-                if len(mine := np.flatnonzero(owner == name)):
-                    own = take(rows, mine)
-                    asked[name] = own.replace(community=np.where(own.community < 0, place, own.community))
-        return user_weights(fitted, items, units, known, names, test=asked)
-
-    def _profiled(self) -> tuple[Fitted, Item, tuple[str, ...]]:
-        """What a profile is of: the fit with the kept training rows, their items, and the names of the attributes."""
-        if self.rows is None or self.items is None:
-            raise DataError(f"{self.folder.name}: kept no training rows to take profiles over; fit with save_users")
-        if self.attributes is None and self.items.attributes is not None:
-            raise ValueError("profile: this run was loaded without its attributes; load it with attributes=True")
-        names = self.attributes.names if self.attributes is not None else ()
-        return Fitted(self.model, self.users, self.rows, self.notes), self.items, tuple(names)
-
-    def _numbers(self, names: Sequence[str]) -> list[int]:
-        """The numbers of users of the kept training rows."""
-        seen = [] if self.rows is None else np.unique(np.asarray(self.rows.user)).tolist()
-        kept = {self.vocabulary.users[user]: user for user in seen if user >= 0}
-        for name in names:
-            if name not in kept:
-                raise DataError(f"user {name!r}: is no user of the training data that {self.folder.name} kept")
-        return [kept[name] for name in names]
+        return of_users(self, users, community, test)
 
     def save_users(self, path: str | Path, posteriors: Mapping[str, UserPosterior]) -> None:
         """Write user states to one safetensors file, with their names and this model's fingerprint in its metadata."""
@@ -438,7 +382,7 @@ class Run:
 
     def _score_table(self, items: Item, rows: Rows, user: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Score rows for users of the training data, solved again from their rows, or for strangers (-1)."""
-        support, both, query = self._beside(items, rows)
+        support, both, query = self.beside(items, rows)
         known = np.isin(support.user, user[user >= 0])
         support = jax.tree.map(lambda x: x[known], support)
         stranger = int(user.max(initial=-1)) + 1
@@ -447,7 +391,7 @@ class Run:
             np.where(user >= 0, user, stranger), adapter=laplace_user,
         )  # fmt: skip
 
-    def _trained(self, table: pl.DataFrame, rows: Rows) -> np.ndarray:
+    def trained_on(self, table: pl.DataFrame, rows: Rows) -> np.ndarray:
         """Which rows are a pair that the same user was trained on."""
         if self.rows is None:
             return np.zeros(table.height, bool)
@@ -460,7 +404,7 @@ class Run:
         asked = keys(np.asarray(rows.user), table["first_id"].to_list(), table["second_id"].to_list())
         return np.array([key in known for key in asked], bool)
 
-    def _beside(self, items: Item, rows: Rows) -> tuple[Rows, Item, Rows]:
+    def beside(self, items: Item, rows: Rows) -> tuple[Rows, Item, Rows]:
         """Kept training rows, their items before the given ones, and the given rows in terms of both."""
         if self.rows is None or self.items is None:
             return _no_rows(rows), items, rows
@@ -495,12 +439,6 @@ def _with_members(model: Any, users: Users, items: Item, rows: Rows, members: np
         means = jax.tree.map(lambda *leaves: np.stack(leaves), *(found[int(one)].mean for one in members))
         table = jax.tree.map(lambda all_, x: all_.at[members].set(x), table, means)
     return users.replace(user=table)
-
-
-def _usual(numbers: Any) -> int:
-    """The most frequent number."""
-    values, counts = np.unique(np.asarray(numbers), return_counts=True)
-    return int(values[counts.argmax()])
 
 
 def _no_rows(rows: Rows) -> Rows:
@@ -562,7 +500,7 @@ def load(path: str | Path, *, seed: int | None = None, attributes: bool = True) 
         folder, experiment, params["model"], params["users"], vocabulary, _load_maps(where),
         _encoder(experiment, where), _attributes(experiment, where) if attributes else None,
         content["notes"][str(chosen)], rows, items,
-        judged, _fingerprint(params),
+        judged, _fingerprint(params), chosen,
     )  # fmt: skip
 
 

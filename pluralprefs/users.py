@@ -43,7 +43,8 @@ class Pooled:
     rounds       empirical-Bayes rounds
     temper       exponents of a user's likelihood to choose from on validation: pairs derived from one ordering or one
                  set of votes are not independent, and a covariance that trusts them all falls below the population
-    population_temper   the same for the population's and the communities' likelihood, chosen first
+    population_temper   the same for the population's and the communities' likelihood, chosen first; one exponent for
+                 families that are trained by gradient
     cross_fit    what the out-of-fold population scores are folded by: "pair", "item", "prompt" or None (in-sample);
                  with "item", shots and questions of families that infer their users have no response in common
     residual     the variance that no level explains; True learns it on validation
@@ -65,6 +66,12 @@ class Pooled:
     parts: tuple[str, ...] | None = None
     population_parts: tuple[str, ...] | None = None
     population: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("temper", "population_temper"):
+            exponents = getattr(self, name)
+            if not exponents or min(exponents) <= 0:
+                raise ValueError(f"users.{name} {exponents}: give one exponent or more, each above 0")
 
 
 @pytree

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from pluralprefs.run_options import RUNS, Debug, Named, New, Root, Seed, opened
 from pluralprefs.terminal import plainly, say
 
 if TYPE_CHECKING:
@@ -18,11 +19,6 @@ if TYPE_CHECKING:
     from pluralprefs.adapted import AdaptedUser
     from pluralprefs.run import Run
 
-Root = Annotated[Path, typer.Option("--root", help="Folder of run folders.")]
-RUNS = Path("runs")
-Named = Annotated[str, typer.Argument(help="Run folder, its name, or a part that no other name in --root has.")]
-Seed = Annotated[int | None, typer.Option("--seed", help="Which of the run's fits; the first by default.")]
-Debug = Annotated[bool, typer.Option(help="Show tracebacks.")]
 Pool = Annotated[Path, typer.Option("--pool", help="Pairs that may be asked; no target needed.")]
 Rule = Annotated[str, typer.Option(help="bald, d_optimal, eubo or random.")]
 Prior = Annotated[
@@ -54,6 +50,7 @@ def suggest(
     rule: Rule = "bald",
     prior: Prior = None,
     out: Annotated[Path | None, typer.Option(help="Where they go (.jsonl, .csv, .parquet); else printed.")] = None,
+    communities: New = None,
     root: Root = RUNS,
     seed: Seed = None,
     debug: Debug = False,
@@ -62,7 +59,7 @@ def suggest(
     from pluralprefs.asking import suggest as choose_pairs
     from pluralprefs.data.files import write_frame
 
-    loaded = _load(run, root, seed)
+    loaded = opened(run, root, seed, communities)
     person = _person(loaded, user, prior)
     found = choose_pairs(person, _pairs(loaded, pool), n, rule=rule).drop("user_id")
     if out is not None:
@@ -82,12 +79,13 @@ def ask(
     n: Annotated[int, typer.Option("-n", help="Questions at most, this time.")] = 20,
     rule: Rule = "bald",
     prior: Prior = None,
+    communities: New = None,
     root: Root = RUNS,
     seed: Seed = None,
     debug: Debug = False,
 ) -> None:
     """Ask somebody one pair after the other and show how the state moves. The same command again goes on."""
-    loaded = _load(run, root, seed)
+    loaded = opened(run, root, seed, communities)
     table = _pairs(loaded, pool)
     person = _person(loaded, user if user.exists() else None, prior)
     if person.ids:
@@ -123,6 +121,7 @@ def choose(
     rule: Annotated[str, typer.Option(help="mean, lower_bound or consensus.")] = "lower_bound",
     prior: Prior = None,
     out: Annotated[Path | None, typer.Option(help="Where ranks go (.jsonl, .csv, .parquet); else printed.")] = None,
+    communities: New = None,
     root: Root = RUNS,
     seed: Seed = None,
     debug: Debug = False,
@@ -133,7 +132,7 @@ def choose(
     from pluralprefs.choosing import choose as rank
     from pluralprefs.data.files import DataError, read_frame, write_frame
 
-    loaded = _load(run, root, seed)
+    loaded = opened(run, root, seed, communities)
     person = _person(loaded, user, prior)
     rows = read_frame(data)
     missing = [name for name in ("prompt", "response") if name not in rows.columns]
@@ -151,13 +150,6 @@ def choose(
     else:
         write_frame(found, out)
         say(f"{found.height} responses ranked; written to {out}")
-
-
-def _load(name: str, root: Path, seed: int | None) -> Run:
-    from pluralprefs.registry import find_run
-    from pluralprefs.run import load
-
-    return load(find_run(name, root).path, seed=seed)
 
 
 def _pairs(loaded: Run, pool: Path) -> pl.DataFrame:

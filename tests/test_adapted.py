@@ -118,7 +118,9 @@ def test_files_of_another_model_or_without_comparisons_are_refused(small_run, sa
         metadata = file.metadata()
     arrays, _ = load_arrays(path)
     for change, message in (
-        ({"base": "other"}, "belong to run"), ({"user": "{}"}, "is not a whole user"),
+        ({"base": "other"}, "another fit of 'handmade'"),
+        ({"base": "other", "run": "second"}, "belong to run 'second'"),
+        ({"user": "{}"}, "is not a whole user"),
         ({"user": metadata["user"].replace('"ids": [', '"ids": ["x", ')}, "differ in number"),
     ):  # fmt: skip
         save_arrays(path, arrays, metadata | change)

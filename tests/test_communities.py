@@ -1,23 +1,31 @@
 """A community that training did not know: fitted to a few comparisons, scored, adapted from, profiled and drawn."""
 
+import json
 from dataclasses import replace
+from functools import partial
 
 import jax
 import numpy as np
 import polars as pl
 import pytest
+import typer
 from handmade import handmade
 from scipy.stats import spearmanr
 from typer.testing import CliRunner
 
 import pluralprefs as pp
+from pluralprefs import encoders
 from pluralprefs.cli import app
 from pluralprefs.communities import community_posteriors
 from pluralprefs.data import comparisons
 from pluralprefs.data.files import DataError
+from pluralprefs.experiment import Experiment, fit_seed, prepare
 from pluralprefs.fitting import Fitted, take
+from pluralprefs.models.bradley_terry import BradleyTerry
 from pluralprefs.plots.profiles import heat_map, profile_dots
+from pluralprefs.profiled import _held_out
 from pluralprefs.run import load
+from pluralprefs.users import Pooled
 
 NODES, MASSES = np.polynomial.hermite_e.hermegauss(40)
 MASSES = MASSES / MASSES.sum()
@@ -99,7 +107,7 @@ def test_the_same_comparisons_make_the_same_run_and_states_of_another_are_refuse
     one.adapt(prior="community:c").save(tmp_path / "u.safetensors")
     assert same.load_user(tmp_path / "u.safetensors").community == 2
     for wrong in (run, other):
-        with pytest.raises(DataError, match="belong to run"):
+        with pytest.raises(DataError, match=r"another fit of .handmade.: give the same --seed and --communities"):
             wrong.load_users(tmp_path / "u.safetensors")
 
 
@@ -126,6 +134,78 @@ def test_comparisons_that_say_nothing_leave_a_new_community_at_the_population():
     found = handmade(table).with_communities(table)
     for leaf in jax.tree.leaves(found.users.community.state):
         np.testing.assert_allclose(np.asarray(leaf)[2], 0.0, atol=1e-6)
+
+
+def test_communities_are_weighed_as_their_fit_weighs_them():
+    """The users' exponent was taken for theirs: intervals as wide as if they had half or twice the comparisons."""
+    tastes = {"a": (1.5, -1.0), "b": (-1.5, 1.0)}
+    table = read(pl.concat([judged(community=name, weights=taste) for name, taste in tastes.items()]))
+    pooled = Pooled(levels=("community", "user"), gain=False, rounds=2, cross_fit=None, temper=(0.25,),
+                    population_temper=(0.5,))  # fmt: skip
+    asked = Experiment(
+        data=partial(pl.DataFrame, table), model=partial(BradleyTerry.init, item_effects=False), features={},
+        encoder=partial(encoders.load, "attributes"), users=pooled, refit=False,
+    )  # fmt: skip
+    prepared = prepare(asked, table.with_columns(fold=pl.lit("train")), progress=False)
+    fitted = fit_seed(asked, prepared, 0)
+    np.testing.assert_array_equal(fitted.rows.weight, 0.25)
+    _, found = community_posteriors(fitted, prepared.features, [0, 1])
+    plain = replace(fitted, rows=fitted.rows.replace(weight=2 * fitted.rows.weight), notes={})
+    _, same = community_posteriors(plain, prepared.features, [0, 1])
+    for number in (0, 1):
+        for name, leaf in fitted.users.community.state.items():
+            np.testing.assert_allclose(found[number].mean.state[name], leaf[number], rtol=1e-3, atol=1e-4)
+        for one, other in zip(jax.tree.leaves(found[number]), jax.tree.leaves(same[number]), strict=True):
+            np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6)
+
+
+def test_new_communities_are_weighed_as_the_known_were():
+    table = read(judged())
+    run = handmade(table)
+    less = replace(run, notes={"temper": 0.25, "population_temper": 0.5}).with_communities(table)
+    same = run.with_communities(table.with_columns(weight=pl.lit(0.5)))
+    for one, other in zip(jax.tree.leaves(less.users.community), jax.tree.leaves(same.users.community), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6)
+
+
+def test_pairs_that_somebody_was_trained_on_test_nothing():
+    table = read(judged())
+    run = handmade(table)
+    items, rows = run.arrays(table.head(40))
+    whole = run.with_communities(table)
+    kept = replace(run, rows=jax.tree.map(np.asarray, rows), items=items).with_communities(table.head(40))
+    left, _, rows = _held_out(kept, table)
+    assert left.equals(table.tail(20))
+    assert len(rows.target) == 20
+    with pytest.raises(DataError, match="test: holds pairs alone that their users were trained on"):
+        _held_out(kept, table.head(40))
+    assert _held_out(whole, table)[0].height == 60  # kept no rows, so nothing is known
+    with pytest.raises(DataError, match="row 1, column 'target': is missing"):
+        _held_out(kept, table.with_columns(target=pl.lit(None, pl.Float64)))
+
+
+OPENS = ("evaluate", "adapt", "score", "profile", "suggest", "ask", "choose", "export", "serve")
+
+
+@pytest.mark.parametrize("command", OPENS)
+def test_every_command_that_opens_a_run_takes_new_communities(command):
+    found = typer.main.get_command(app).commands[command]
+    assert "communities" in {option.name for option in found.params}
+
+
+def test_a_question_is_chosen_for_a_member_of_a_new_community(tmp_path, monkeypatch):
+    table = judged()
+    table.write_parquet(tmp_path / "new.parquet")
+    table.drop("target", "community_id", "user_id").write_parquet(tmp_path / "pool.parquet")
+    made = handmade(read(table))
+    monkeypatch.setattr("pluralprefs.run.load", lambda path, seed: made)
+    monkeypatch.setattr("pluralprefs.registry.find_run", lambda name, root: made.folder)
+    given = ["suggest", "RUN", "--pool", str(tmp_path / "pool.parquet"), "--prior", "community:c"]
+    done = CliRunner().invoke(app, given)
+    assert "prior 'community:c': the run's communities are: a, b" in done.stderr
+    done = CliRunner().invoke(app, [*given, "--communities", str(tmp_path / "new.parquet")])
+    assert done.exit_code == 0, done.output
+    assert len(done.output.splitlines()) == 5
 
 
 def test_what_no_community_can_be_fitted_to_is_one_line():
@@ -156,13 +236,13 @@ def fitted(table, folder):
                   progress=False)  # fmt: skip
 
 
-def world(known, new, count, few, seed=0):
+def world(known, new, count, few, seed=0, spread=0.0):
     """Communities of normal tastes, whose members differ: tables of the known and of the new, and true weights."""
     draw = np.random.default_rng(seed)
     truth = {f"c{n:02}": draw.normal(size=len(COLUMNS)) for n in range(known + new)}
     tables = [
         judged(count if n < known else few, seed=100 * seed + n, weights=truth[name], community=name, names=COLUMNS,
-               people=20)
+               people=20, spread=spread)
         for n, name in enumerate(truth)
     ]  # fmt: skip
     return pl.concat(tables[:known]), pl.concat([tables[0].clear(), *tables[known:]]), truth
@@ -205,6 +285,20 @@ def test_profiles_rank_the_true_weights_of_communities_known_and_new_and_hold_th
     before, _ = cells(run.folder.table("attribute_weights"), truth, known, run)
     after, _ = cells(again, truth, known, run)
     np.testing.assert_allclose(after[0], before[0], atol=0.05)
+
+
+@pytest.mark.slow
+def test_a_profile_is_of_one_member_on_average_not_of_the_crowd(tmp_path):
+    """A crowd of members who differ by 0.7 a weight weighs 0.6 of what each does: that was taken for the profile."""
+    old, few, truth = world(20, 12, 1200, 300, spread=0.7)
+    run = fitted(old, tmp_path)
+    known = list(run.vocabulary.communities)
+    grown = run.with_communities(read(few))
+    new = [name for name in grown.vocabulary.communities if name not in known]
+    for names, profile in ((known, run.folder.table("attribute_weights")), (new, grown.community_profile(new))):
+        value, true = cells(profile, truth, names, grown)
+        assert 0.85 < (value[0] * true).sum() / (true**2).sum() < 1.15
+        assert ((value[1] <= true) & (true <= value[2])).mean() >= 0.88
 
 
 @pytest.mark.slow
@@ -256,6 +350,13 @@ def test_a_community_taken_out_of_a_run_and_put_back_is_the_same_and_can_be_draw
     done = CliRunner().invoke(app, ["profile", folder, "--test", str(tmp_path / "test.parquet")])
     assert done.exit_code == 2
     assert "--test: the run's own communities were tested" in done.stderr
+    content = json.loads((run.folder.path / "run.json").read_text("utf8"))
+    (run.folder.path / "run.json").write_text(json.dumps(content | {"seeds": [0, 1]}), "utf8")
+    done = CliRunner().invoke(app, ["profile", folder, "--user", "all", "--json"])
+    assert done.exit_code == 0, done.output
+    assert "seeds 1 are not fitted and left out" in done.stderr
+    done = CliRunner().invoke(app, [*given[:2], "--user", "all", "--test", str(tmp_path / "test.parquet")])
+    assert "test: none of its comparisons is by [" in done.stderr
 
 
 @pytest.mark.slow

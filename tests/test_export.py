@@ -403,7 +403,7 @@ def call(*arguments):
 
 def test_the_command_exports_a_prior_a_user_or_a_single_state(made, tmp_path, monkeypatch):
     run, user, _ = made
-    monkeypatch.setattr(deploy_cli, "_load", lambda *_: run)
+    monkeypatch.setattr(deploy_cli, "opened", lambda *_: run)
     heads = {}
     user.save(tmp_path / "one.safetensors")
     run.save_users(tmp_path / "state.safetensors", {"ana": user.posterior})

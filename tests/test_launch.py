@@ -1,5 +1,6 @@
 """A run that is stopped anywhere and resumed is the run that was never stopped."""
 
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import pytest
 from tables import write
 
 from pluralprefs import encoders, training
+from pluralprefs import experiment as experiments
 from pluralprefs.data import comparisons
 from pluralprefs.data.files import DataError
 from pluralprefs.experiment import Experiment, fit_seed, prepare
@@ -58,6 +60,36 @@ def test_an_exponent_that_is_the_only_one_is_used(whole):
     fitted = fit_seed(asked, prepare(asked, progress=False), 0)
     assert fitted.notes["temper"] == 0.25
     np.testing.assert_array_equal(fitted.rows.weight, 0.25)
+
+
+def test_the_exponent_of_the_population_is_used_by_families_that_are_trained(whole, monkeypatch):
+    """They trained on, and left to the communities, a likelihood of power 1 whatever was asked."""
+    weights, original = [], experiments.gradient_bases
+    monkeypatch.setattr(
+        experiments, "gradient_bases", lambda models, items, rows, *rest, **options: weights.append(rows.weight)
+        or original(models, items, rows, *rest, **options)
+    )  # fmt: skip
+    pooled = Pooled(gain=False, rounds=1, cross_fit=None, temper=(0.5,), population_temper=(0.25,))
+    asked = experiment(whole[0], epochs=1, users=pooled)
+    prepared = prepare(asked, progress=False)
+    fitted = fit_seed(asked, prepared, 0)
+    assert fitted.notes["population_temper"] == 0.25
+    for weight in weights:
+        np.testing.assert_array_equal(weight, 0.25)
+    np.testing.assert_array_equal(fitted.rows.weight, 0.5)
+    several = replace(asked, users=replace(pooled, population_temper=(1.0, 0.25)))
+    with pytest.raises(ValueError, match=r"population_temper \(1.0, 0.25\): LowRank is trained by gradient"):
+        fit_seed(several, prepared, 0)
+    with pytest.raises(ValueError, match=r"users.temper \(0.0,\): give one exponent or more, each above 0"):
+        Pooled(temper=(0.0,))
+
+
+def test_a_fit_knows_its_seed_and_refuses_the_users_of_another(whole, tmp_path):
+    one, other = (load(whole[1].folder.path, seed=seed) for seed in (0, 1))
+    assert (one.seed, other.seed) == (0, 1)
+    one.save_users(tmp_path / "u.safetensors", {"ana": one.prior()})
+    with pytest.raises(DataError, match=r"another fit of .*: give the same --seed and --communities"):
+        other.load_users(tmp_path / "u.safetensors")
 
 
 @pytest.mark.parametrize("epochs_before", [pytest.param(5, marks=pytest.mark.slow), 12])

@@ -9,7 +9,7 @@ import polars as pl
 import pytest
 from families import FAMILIES, items, pick, rows
 
-from pluralprefs import communities
+from pluralprefs import adapting, communities
 from pluralprefs.adapting import adapt_units
 from pluralprefs.fitting import Fitted, take
 from pluralprefs.profiles import (
@@ -221,6 +221,25 @@ def test_comparisons_of_unknown_users_are_each_somebody_else():
     )
     assert one["ci_low"].null_count() == 0
     assert one.drop("n").equals(other.drop("n"))
+
+
+def test_users_are_adapted_once_for_all_that_is_taken_away(monkeypatch):
+    """They were adapted again for each of the subsets of attributes, 64 times for six."""
+    fitted, x = fitted_and_items()
+    fitted.users = fitted.users.replace(user_root=jnp.full(7, 0.5))
+    calls, original = [], adapting._adapt
+    monkeypatch.setattr(adapting, "_adapt", lambda *given: calls.append(1) or original(*given))
+    predicted = adapting.seen_on(fitted, x, fitted.rows)
+    once = len(calls)
+    hidden = x.replace(attribute_mask=x.attribute_mask.at[:, 0].set(values=False))
+    found = [predicted(view) for view in (x, hidden)]
+    assert len(calls) == once == 1
+    both = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), x, hidden)
+    asked = fitted.rows.replace(first=fitted.rows.first + 6, second=fitted.rows.second + 6)
+    expected = [adapting.predict_seen(fitted, x, fitted.rows), adapting.predict_seen(fitted, both, asked)]
+    for one, other in zip(found, expected, strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6)
+    assert np.abs(found[0][0] - found[1][0]).max() > 0.05
 
 
 def test_an_attribute_whose_scores_never_differ_has_slope_zero_and_spoils_no_other():

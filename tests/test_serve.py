@@ -429,7 +429,7 @@ def test_a_port_that_is_taken_and_a_missing_library_are_said(monkeypatch):
 
 def test_the_command_says_where_it_listens_and_warns_of_other_addresses(run, states, monkeypatch):
     said = []
-    monkeypatch.setattr(deploy_cli, "_load", lambda *_: run)
+    monkeypatch.setattr(deploy_cli, "opened", lambda *_: run)
     monkeypatch.setattr("pluralprefs.serve.Listening.run", lambda self: said.append((self.url, self.socket.close())))
     arguments = ["serve", "RUN", "--users", str(states[0]), "--port", "0", "--wait", "1", "--batch", "16"]
     done = CliRunner().invoke(app, arguments)

@@ -31,7 +31,7 @@ def run(tmp_path, monkeypatch):
     path.write_text("\n".join(map(json.dumps, lines)), "utf8")
     made = handmade(table)
     for module in (cli, users_cli):
-        monkeypatch.setattr(module, "_load", lambda *_: made)
+        monkeypatch.setattr(module, "opened", lambda *_: made)
     return made
 
 

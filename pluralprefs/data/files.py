@@ -39,6 +39,13 @@ def shown(value: object) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
+def require_targets(table: pl.DataFrame) -> None:
+    """Raise DataError where a comparison does not say which response was preferred."""
+    lacking = table["target"].is_null().arg_true()
+    if len(lacking):
+        raise DataError(f"row {lacking[0] + 1}, column 'target': is missing; say which response was preferred")
+
+
 def read_frame(path: str | Path, *, ids: Collection[str] = ()) -> pl.DataFrame:
     """Read a file by its suffix into a raw table; columns named in `ids` become text whatever they hold.
 
