@@ -37,6 +37,8 @@ from pluralprefs.types import Item, LinearInUser
 from pluralprefs.users import Pooled, Users, neutral, part_names
 
 ENOUGH = 10_000  # users that teach the strength of all
+TURNS = 10  # of scale and strength, at most
+SETTLED = 0.005  # of the logarithm of the scale
 
 
 @dataclass(frozen=True)
@@ -206,8 +208,9 @@ def _fit_users(
 def _users_and_scale(
     model: Any, table: Users, items: Item, rows: Rows, pooled: Pooled, users: int, root: np.ndarray, unit: np.ndarray
 ) -> tuple[Users, np.ndarray, Moments]:
-    """Learn the users' strength and, where there is a base, how sharp it is for one user, twice in turn.
+    """Learn the users' strength and, where there is a base, how sharp it is for one user, in turn until that settles.
 
+    Each waits for the other: a base that is too flat leaves users too little to differ by, who would sharpen it.
     Of more than `ENOUGH` users a fixed sample of that many teaches both: their error is then below a per cent.
     """
     known = np.unique(unit[unit >= 0])
@@ -217,10 +220,12 @@ def _users_and_scale(
         taught, count = np.where(np.isin(unit, chosen), np.searchsorted(chosen, unit), -1), ENOUGH
     strength = partial(fit_strength, rounds=pooled.rounds, care=pooled.gain)
     root, moments = strength(model, table, items, rows, taught, count, root)
-    for again in (True, False) if pooled.population and len(known) else ():
+    for _ in range(TURNS if pooled.population and len(known) else 0):
+        before = float(table.scale)
         table, root, moments = fit_scale(model, table, items, rows, taught, count, root, moments, care=pooled.gain)
-        if again:
-            root, moments = strength(model, table, items, rows, taught, count, root)
+        if abs(np.log(float(table.scale) / before)) < SETTLED:
+            break
+        root, moments = strength(model, table, items, rows, taught, count, root)
     if count != users:
         moments = solve_level(model, table, items, rows, unit, users, root, care=pooled.gain)
     return table, root, moments
