@@ -8,8 +8,8 @@ texts use all of the lexicon's phrases -> profiles, beside the truth. A weight i
 level and a pole. What measured scores attenuate, no number of comparisons brings back: intervals are therefore judged
 against the pseudo-truth, the same model fitted to a hundred times the comparisons of the same communities.
 
-Result (2026-11-23, from nothing in a new clone, seeds 0 to 2 on world 0; 2,000 comparisons a community, of which 64 %
-are trained on; 42 minutes on one of 2 CPU cores beside other jobs, 3 for the heads and 15 for the pseudo-truth): heads
+Result (2026-11-23, from nothing in a new clone of da5e0a6, seeds 0 to 2 on world 0; 2,000 comparisons a community, of
+which 64 % are trained on; 27 minutes after installing, on one of 2 CPU cores beside other jobs): heads
 99.0 % [98.4, 99.7] right on held-out responses two or more levels apart (others, without three topics: 99.2 % and, on
 those topics, 98.9 % [98.2, 99.5]; profiles by those were worse, see LOG.md). Spearman over the attributes of preference
 and true weight, median 0.960 and worst of 20 communities 0.912; attention and |weight| 0.019 and -0.428; ablation and

@@ -39,6 +39,7 @@ from pluralprefs.users import Pooled, Users, neutral, part_names
 ENOUGH = 10_000  # users that teach the strength of all
 TURNS = 10  # of scale and strength, at most
 SETTLED = 0.005  # of the logarithm of the scale
+NOTHING = 0.1  # of a base is left: it says nothing of users, and would be flattened for ever
 
 
 @dataclass(frozen=True)
@@ -220,10 +221,11 @@ def _users_and_scale(
         taught, count = np.where(np.isin(unit, chosen), np.searchsorted(chosen, unit), -1), ENOUGH
     strength = partial(fit_strength, rounds=pooled.rounds, care=pooled.gain)
     root, moments = strength(model, table, items, rows, taught, count, root)
+    first = float(table.scale)
     for _ in range(TURNS if pooled.population and len(known) else 0):
         before = float(table.scale)
         table, root, moments = fit_scale(model, table, items, rows, taught, count, root, moments, care=pooled.gain)
-        if abs(np.log(float(table.scale) / before)) < SETTLED:
+        if abs(np.log(float(table.scale) / before)) < SETTLED or float(table.scale) < NOTHING * first:
             break
         root, moments = strength(model, table, items, rows, taught, count, root)
     if count != users:

@@ -430,6 +430,16 @@ def test_scale_and_strength_are_learned_until_they_settle(monkeypatch):
     assert float(found.users.scale) == pytest.approx(float(best.users.scale), rel=0.04)
 
 
+def test_a_base_that_says_nothing_of_users_is_not_flattened_for_ever():
+    """Where users have nothing in common the evidence does not care how flat the base is."""
+    base, items, judged, _ = crowd(60, 10, 2.0)
+    draw = np.random.default_rng(0)
+    flip = draw.integers(0, 2, 60)[judged.user]  # half of them say the opposite
+    judged = judged.replace(target=np.where(flip, 1 - judged.target, judged.target).astype(np.float32))
+    fitted = fit_pooled(base, items, judged, Pooled(gain=False, cross_fit=None), users=60, communities=0)
+    assert 0.03 < float(fitted.users.scale) < 0.1
+
+
 @pytest.mark.slow
 def test_a_sample_of_users_teaches_the_strength_of_all(monkeypatch):
     """Every user is still solved, and the strength is near the one that all users give."""
