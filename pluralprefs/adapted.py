@@ -187,6 +187,11 @@ def one_name(table: pl.DataFrame) -> str:
     return names[0] if names else ""
 
 
+def owned(table: pl.DataFrame, users: Collection[str]) -> pl.DataFrame:
+    """A table whose rows without a user are the one user's, where there is one only."""
+    return table if len(users) != 1 else table.with_columns(pl.col("user_id").fill_null(next(iter(users))))
+
+
 def adapter(run: Adapts, method: str) -> Callable[..., UserPosterior]:
     """The adapter of a name; "" is the run's own. A family that infers its users has no other than that."""
     if method and method not in ADAPTERS:

@@ -189,6 +189,8 @@ def evaluate(
     from pluralprefs.results import results_table
 
     loaded = opened(run, root, seed, communities)
+    if communities is not None and loaded.rows is None:
+        warn(f"{run}: kept no training rows, so comparisons of {communities} that are in {data} too are tested")
     rows = loaded.evaluate(loaded.read(data))
     if not rows.height:
         raise ValueError(f"{data}: nothing to test: its few pairs are all support of new users, or were trained on")
@@ -251,13 +253,13 @@ def score(
     debug: Debug = False,
 ) -> None:
     """Rewards, P(first) and uncertainty of each pair, and whose state was used."""
-    from pluralprefs.adapted import is_one_user
+    from pluralprefs.adapted import is_one_user, owned
     from pluralprefs.data.files import write_frame
 
     loaded = opened(run, root, seed, communities)
     table = loaded.read(data, labelled=False)
     users = loaded.load_users(user) if user else {}
-    table = _named(table, users)
+    table = owned(table, users)
     if user and is_one_user(user):
         table = _departing(table, loaded.load_user(user))
     scores = loaded.score(table, users)
@@ -329,15 +331,6 @@ def _one(loaded: Run, path: Path, prior: str, method: str, user_id: str, empty: 
     if user.name and user_id:
         warn(f"{path}: names its own user, so --user-id {user_id} is not used")
     return replace(user, name=user.name or (loaded.known_as(user_id) if user_id else ""))
-
-
-def _named(table: pl.DataFrame, users: dict[str, Any]) -> pl.DataFrame:
-    """Pairs without users are scored for the file's user where it holds one only."""
-    import polars as pl
-
-    if len(users) != 1:
-        return table
-    return table.with_columns(pl.col("user_id").fill_null(next(iter(users))))
 
 
 def _departing(table: pl.DataFrame, user: AdaptedUser) -> pl.DataFrame:

@@ -61,7 +61,7 @@ NOT_LINEAR = {
     "AttributeAttention": "its reward attends to attributes beside the hidden state",
     "Residual": "its users are inferred from shots by a network, whose rewards are not linear in the hidden state",
 }
-ELSEWHERE = "score it with `pluralprefs score`, or over HTTP with `pluralprefs serve`"
+ELSEWHERE = "score it with `pluralprefs score`, or, where it reads texts alone, over HTTP with `pluralprefs serve`"
 
 
 class ExportError(ValueError):

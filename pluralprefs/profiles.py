@@ -160,10 +160,10 @@ def profile_table(weights: pl.DataFrame, kind: str = "preference") -> str:
     """
     chosen = weights.filter(kind=kind)
     if not chosen.height:
-        raise ValueError(f"kind {kind!r}: the profile has {', '.join(sorted(weights['kind'].unique()))}")
-    place = (
-        pl.when(pl.col("user").is_not_null()).then("user").when(pl.col("community") == "").then(pl.lit("population"))
-    )
+        raise ValueError(f"kind {kind!r}: the profile has {', '.join(sorted(weights['kind'].unique()))}; ablation and "
+                         "shapley (six attributes or fewer) want held-out comparisons: --test, test=")  # fmt: skip
+    everybody = "(population)" if "population" in chosen["community"] else "population"
+    place = pl.when(pl.col("user").is_not_null()).then("user").when(pl.col("community") == "").then(pl.lit(everybody))
     chosen = chosen.with_columns(place=place.otherwise("community"))
     names = list(dict.fromkeys(chosen["place"]))
     lines = [[kind, *names]]

@@ -392,16 +392,17 @@ class Run:
         )  # fmt: skip
 
     def trained_on(self, table: pl.DataFrame, rows: Rows) -> np.ndarray:
-        """Which rows are a pair that the same user was trained on."""
+        """Which rows are a pair that the same user was trained on; all rows without a user are one such."""
         if self.rows is None:
             return np.zeros(table.height, bool)
+        stranger = (np.asarray(rows.user) < 0) & table["user_id"].is_not_null().to_numpy()
 
         def keys(user: np.ndarray, first: Sequence[str], second: Sequence[str]) -> list[tuple[int, str, str]]:
             return [(u, min(a, b), max(a, b)) for u, a, b in zip(user.tolist(), first, second, strict=True)]
 
         kept = ([self.judged[i] for i in np.asarray(side)] for side in (self.rows.first, self.rows.second))
         known = set(keys(np.asarray(self.rows.user), *kept))
-        asked = keys(np.asarray(rows.user), table["first_id"].to_list(), table["second_id"].to_list())
+        asked = keys(np.where(stranger, -2, rows.user), table["first_id"].to_list(), table["second_id"].to_list())
         return np.array([key in known for key in asked], bool)
 
     def beside(self, items: Item, rows: Rows) -> tuple[Rows, Item, Rows]:
@@ -458,7 +459,7 @@ def _with_cells(table: pl.DataFrame, known: np.ndarray, trained: np.ndarray) -> 
 
 
 def load(path: str | Path, *, seed: int | None = None, attributes: bool = True) -> Run:
-    """Load a run from its folder; `seed` chooses one of its fits, the first by default.
+    """Load a run from its folder; `seed` chooses one of its fits, the first that there is by default.
 
     attributes: whether responses are given theirs, by predictors or from columns. Without them attribute_attention has
     its stand-in, or w . h alone; states of users are the same.
@@ -467,8 +468,9 @@ def load(path: str | Path, *, seed: int | None = None, attributes: bool = True) 
     """
     folder = open_run(path)
     content, where = folder.read(), Path(folder.path)
-    chosen = int(content["seeds"][0] if seed is None else seed)
-    if str(chosen) not in content.get("notes", {}):
+    fitted = [number for number in content["seeds"] if str(number) in content.get("notes", {})]
+    chosen = int([*fitted, *content["seeds"]][0] if seed is None else seed)
+    if chosen not in fitted:
         if chosen not in content["seeds"]:
             raise RegistryError(f"{where}: was not fitted with seed {chosen}, but with {content['seeds']}")
         raise RegistryError(f"{where}: the run is {folder.status} and has no parameters of seed {chosen}: continue it "

@@ -17,7 +17,7 @@ import pluralprefs as pp
 from pluralprefs import encoders
 from pluralprefs.cli import app
 from pluralprefs.communities import community_posteriors
-from pluralprefs.data import comparisons
+from pluralprefs.data import batches, comparisons
 from pluralprefs.data.files import DataError
 from pluralprefs.experiment import Experiment, fit_seed, prepare
 from pluralprefs.fitting import Fitted, take
@@ -26,6 +26,11 @@ from pluralprefs.plots.profiles import heat_map, profile_dots
 from pluralprefs.profiled import _held_out
 from pluralprefs.run import load
 from pluralprefs.users import Pooled
+
+
+def items_of(table):
+    return batches.item_table(table)["item_id"]
+
 
 NODES, MASSES = np.polynomial.hermite_e.hermegauss(40)
 MASSES = MASSES / MASSES.sum()
@@ -182,6 +187,16 @@ def test_pairs_that_somebody_was_trained_on_test_nothing():
     assert _held_out(whole, table)[0].height == 60  # kept no rows, so nothing is known
     with pytest.raises(DataError, match="row 1, column 'target': is missing"):
         _held_out(kept, table.with_columns(target=pl.lit(None, pl.Float64)))
+
+
+def test_a_new_user_was_trained_on_nothing_that_somebody_without_a_name_judged():
+    table = read(judged().with_columns(user_id=pl.lit(None, pl.Utf8)))
+    run = handmade(table)
+    items, rows = run.arrays(table)
+    kept = replace(run, rows=jax.tree.map(np.asarray, rows), items=items, judged=tuple(items_of(table)))
+    assert kept.trained_on(table, rows).all()
+    named = table.with_columns(user_id=pl.lit("zoe"))
+    assert not kept.trained_on(named, kept.arrays(named)[1]).any()
 
 
 OPENS = ("evaluate", "adapt", "score", "profile", "suggest", "ask", "choose", "export", "serve")
@@ -350,13 +365,33 @@ def test_a_community_taken_out_of_a_run_and_put_back_is_the_same_and_can_be_draw
     done = CliRunner().invoke(app, ["profile", folder, "--test", str(tmp_path / "test.parquet")])
     assert done.exit_code == 2
     assert "--test: the run's own communities were tested" in done.stderr
+    said = {
+        ("--seed", "7"): "--seed 7: ", ("--community", "nurses"): "fitted with --communities FILE",
+        ("--user", "all", "--kind", "ablation"): "want held-out comparisons: --test",
+        ("--user", "all", "--test", str(tmp_path / "test.parquet")): "test: none of its comparisons is by [",
+        ("--users", str(tmp_path / "none")): "none",
+    }  # fmt: skip
+    for more, line in said.items():
+        done = CliRunner().invoke(app, ["profile", folder, *more])
+        assert done.exit_code == 2, (more, done.output)
+        assert line in done.stderr
+        assert len(done.stderr.strip().splitlines()) == 1
     content = json.loads((run.folder.path / "run.json").read_text("utf8"))
-    (run.folder.path / "run.json").write_text(json.dumps(content | {"seeds": [0, 1]}), "utf8")
+    (run.folder.path / "run.json").write_text(json.dumps(content | {"seeds": [1, 0]}), "utf8")
     done = CliRunner().invoke(app, ["profile", folder, "--user", "all", "--json"])
     assert done.exit_code == 0, done.output
     assert "seeds 1 are not fitted and left out" in done.stderr
-    done = CliRunner().invoke(app, [*given[:2], "--user", "all", "--test", str(tmp_path / "test.parquet")])
-    assert "test: none of its comparisons is by [" in done.stderr
+    state = str(tmp_path / "one.safetensors")
+    one = ["adapt", folder, "--comparisons", str(tmp_path / "test.parquet"), "--prior", "community:c00", "--out", state]
+    held_out.filter(pl.col("user_id") == "c040").drop("community_id").write_parquet(tmp_path / "test.parquet")
+    done = CliRunner().invoke(app, one)
+    assert done.exit_code == 0, done.output
+    done = CliRunner().invoke(app, ["profile", folder, "--users", state, "--json"])  # the file says where it begins
+    assert {json.loads(line)["community"] for line in done.output.splitlines()} == {"c00"}
+    for more, line in ((["--community", "c01"], "begins at community:c00, not at community c01"),
+                       (["--test", str(tmp_path / "test.parquet")], "holds pairs alone that")):  # fmt: skip
+        done = CliRunner().invoke(app, ["profile", folder, "--users", state, *more])
+        assert (done.exit_code, line in done.stderr) == (2, True), done.output
 
 
 @pytest.mark.slow

@@ -354,7 +354,10 @@ def test_a_run_that_does_not_fold_says_why_and_what_to_do(options, model, reason
     run = replace(run, encoder=run.encoder.replace(**options), model=model or run.model)
     with pytest.raises(ExportError, match=reason) as error:
         export(run, tmp_path / "out")
-    assert "; score it with `pluralprefs score`, or over HTTP with `pluralprefs serve`" in str(error.value)
+    assert (
+        "; score it with `pluralprefs score`, or, where it reads texts alone, over HTTP with `pluralprefs serve`"
+        in str(error.value)
+    )
     assert "\n" not in str(error.value)
     assert not (tmp_path / "out").exists()
 

@@ -18,6 +18,7 @@ from pluralprefs.profiles import (
     attribute_weights,
     over_seeds,
     preference_variance,
+    profile_table,
     slopes,
     user_weights,
 )
@@ -284,6 +285,12 @@ def test_seeds_are_averaged_and_widen_the_interval():
     assert found["seed"].to_list() == [None]
     old = pl.DataFrame(rows_of, schema=SCHEMA).drop("user")  # of a run from before users had profiles
     assert over_seeds(old).equals(found)
+
+
+def test_a_community_may_be_called_population():
+    fitted, x = fitted_and_items()
+    text = profile_table(attribute_weights(fitted, x, fitted.rows, ("population", "dogs"), NAMES))
+    assert text.splitlines()[0].split() == ["preference", "(population)", "population", "dogs"]
 
 
 def test_a_family_without_attributes_is_refused():
