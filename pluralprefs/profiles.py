@@ -5,8 +5,8 @@ One row per community (and user, on request), attribute and kind:
     preference   signed weight of the attribute: the slope of the log-odds on the difference of the attribute's scores,
                  the other attributes held fixed, over the training comparisons. Interval: the empirical-Bayes posterior
                  of the community, plus what the shared parameters leave open (half of the users against the other),
-                 widened by the spread between seeds; of the population the latter two: it is what these communities
-                 say together, flatter than their mean where they differ
+                 widened by the spread between seeds; of the population, from which communities depart (it is not
+                 their mean), the latter two
     attention    mean attention alpha over the responses that the community judged. Interval: over its responses
     ablation     nats per comparison that are lost when the attribute is taken away, on test rows. Interval: over users
     shapley      the same nats shared out over all orders in which attributes could be added (Shapley 1953); exact, for
