@@ -245,8 +245,8 @@ class Run:
 
         Rows of users that the run kept are tested (seen/testpair), with the users' training rows as support; pairs that
         a user was trained on are left out. Of a user it does not know a fifth of the pairs is tested (unseen/testpair)
-        and the shots come from the others. New prompts have no cells of their own here. A run that kept no rows does not
-        know what it, or communities that were added (`with_communities`), were fitted to: leave such rows out.
+        and the shots come from the others. New prompts have no cells of their own here. A run that kept no rows cannot
+        tell what it, or communities that were added (`with_communities`), were fitted to: leave such rows out.
         """
         items, rows = self.arrays(table)
         if "cell" not in table.columns:
