@@ -424,7 +424,7 @@ def fit_seed(
         **exponents,
         residual=chosen.notes["residual"] if pooled.residual is True else pooled.residual,
     )
-    scale = chosen.notes.get("inverse_temperature", 1.0)
+    scale = chosen.notes.get("inverse_temperature")
     fitted = fit(experiment, prepared, everything, None, settled, scale=scale, stage="refit")
     kept = {k: v for k, v in chosen.notes.items() if k.endswith("validation_nll") or k == "residual"}
     return replace(fitted, notes=fitted.notes | kept)
@@ -432,12 +432,12 @@ def fit_seed(
 
 def _fit(
     experiment: Experiment, prepared: Prepared, rows: Rows, validation: Rows | None, pooled: Pooled, *,
-    seed: int, together: Together, scale: float = 1.0, stage: str = "fit",
+    seed: int, together: Together, scale: float | None = None, stage: str = "fit",
 ) -> Fitted:  # fmt: skip
     new = partial(new_model, experiment, prepared)
     model = new(seed)
     users, communities = len(prepared.vocabulary.users), len(prepared.vocabulary.communities)
-    linear = isinstance(model, LinearInUser)
+    linear, joint = isinstance(model, LinearInUser), 0
     trained = not linear or bool(jax.tree.leaves(model))
     if not trained:
         base, notes = tempered_population(model, prepared.features, rows, pooled, validation)
@@ -455,9 +455,12 @@ def _fit(
         )  # fmt: skip
         base, notes = together.base(seed, stage, experiment.epochs, train)
         notes |= {"population_temper": exponent}
-    if not isinstance(experiment.likelihood, Logistic):
-        if validation is not None:
-            scale = float(temperature_scale(*base(None), prepared.features, validation))
+    # A population that was trained beside users is one user's, and communities are fitted to what all say together.
+    sharp = joint > 0 and communities > 0 and "community" in experiment.users.levels
+    if sharp or not isinstance(experiment.likelihood, Logistic):
+        if scale is None:
+            asked = rows if validation is None else validation
+            scale = float(temperature_scale(*base(None), prepared.features, asked))
         base, notes = _scaled(base, scale), notes | {"inverse_temperature": scale}
     fitted = fit_pooled(
         base, prepared.features, rows, pooled, users=users, communities=communities, validation=validation, notes=notes
