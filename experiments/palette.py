@@ -15,7 +15,7 @@ those topics, 98.9 % [98.2, 99.5]; profiles by those were worse, see LOG.md). Sp
 and true weight, median 0.960 and worst of 20 communities 0.912; attention and |weight| 0.019 and -0.428; ablation and
 |weight| 0.850 and 0.547. Intervals hold the pseudo-truth in 92.9 % of cells (aimed at: 92 %), the truth in 88.2 %.
 Communities of another world (--world 1, the same heads): median 0.964, but the worst of 20 communities 0.872, below the
-0.90 aimed at (NEGATIVE); pseudo-truth held in 95.5 %, truth in 82.1 %.
+0.90 aimed at (NEGATIVE; 0.911 with twice the comparisons); pseudo-truth held in 95.5 %, truth in 82.1 %.
 """
 
 from __future__ import annotations
