@@ -20,6 +20,11 @@ politeness (+0.9), and dislike what scores high on security (-1.2), which no rea
 detail in 17.8 % of votes, the most of 12 attributes, of directness in 6.9 % (preference -0.2 [-0.4, +0.0]: the heads'
 directness is not the reasons'), of security in 0.3 %. Over attributes the share of reasons and the size of the
 preference hardly agree (Spearman +0.22, n = 12; over 13 debates -0.41 to +0.24).
+With the heads of `make palette` itself (2026-11-23, seed 0, 10 minutes): minus w . h alone +4.0 points [+2.6, +5.5],
+-0.094 nats on new debates, +3.2 [+1.8, +4.4], -0.052 on known ones; new users at 32 shots +3.3 [+1.4, +5.8] on known
+debates, +1.8 [-1.4, +5.3], -0.072 [-0.108, -0.037] on new ones. Minus own weights +4.2 [+2.9, +5.7], -0.088 on new
+debates and, NEGATIVE, -0.9 [-1.7, -0.0], +0.015 [+0.006, +0.024] on known ones; new users -0.9 [-1.8, +0.1], +0.021
+there and +2.1 [-0.7, +5.2], -0.054 on new ones. Verbosity +1.8 [+1.6, +2.1], politeness +1.3, security -1.7.
 Workers' stances (2026-11-23, --community worker_stance, seed 0, the same heads, 10 minutes; 21,624 votes): minus w . h
 alone +5.1 points [+2.8, +6.9] and -0.071 nats on new debates, +2.8 [+0.8, +4.5], -0.047 on known ones; new users at 32
 shots +1.6 [-1.9, +4.8], -0.031 [-0.062, -0.001] on known debates, +2.1 [-3.5, +7.7], -0.013 on new ones. Minus own
