@@ -25,9 +25,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from shutil import which
 
-import numpy as np
 import polars as pl
-from jaxtyping import Float
 from matplotlib.figure import Figure
 from rich.console import Console
 
@@ -37,7 +35,6 @@ from pluralprefs.data.comparisons import write
 from pluralprefs.data.lexicon import corpus, corpus_world
 from pluralprefs.data.lexicon.corpus import NAMES
 from pluralprefs.data.simulate import World, attribute_table, bayes_predictions, hierarchical, posterior_predictive
-from pluralprefs.data.simulate.states import sigmoid
 from pluralprefs.experiment import FAMILIES, Experiment
 from pluralprefs.launch import run
 from pluralprefs.metrics import summarise
@@ -133,37 +130,15 @@ def communities(root: Path) -> Path:
 
 
 def true_weights(world: World, found: Run) -> pl.DataFrame:
-    """What the answers of a community, and of all, truly say together, as profile rows per unit of the scores.
-
-    Members differ, and a mean of probabilities is flatter than each: the slopes are those of the logistic regression on
-    the mean P(first) over members drawn from the prior, on the pairs that were judged.
-    """
-    table, pairs = world.table, world.pairs(world.table)
-    difference = world.items[pairs.first] - world.items[pairs.second]
-    own = (world.truth["population"] + world.truth["community"])[pairs.community]
-    members = world.prior.sample(np.random.default_rng(0), 300)  # type: ignore[union-attr]
-    chance = np.mean([sigmoid((difference * (own + member)).sum(1)) for member in members], axis=0)
+    """What a member of each community, and of all, truly weighs on average, as profile rows per unit of the scores."""
     rows = []
-    for community in ("", *world.community_ids):
-        here = np.ones(table.height, bool) if community == "" else (table["community_id"] == community).to_numpy()
-        weights = logistic_regression(difference[here], chance[here])
+    for number, community in enumerate(("", *world.community_ids)):
+        own = world.truth["population"] + (world.truth["community"][number - 1] if number else 0.0)
         for attribute, unit in zip(found.attributes.names, found.attributes.std, strict=True):
-            value = float(weights[NAMES.index(attribute)] * unit)
+            value = float(own[NAMES.index(attribute)] * unit)
             rows.append({"community": community, "attribute": attribute, "kind": "preference", "mean": value,
                          "ci_low": value, "ci_high": value})  # fmt: skip
     return pl.DataFrame(rows, schema=SCHEMA)
-
-
-def logistic_regression(
-    difference: Float[np.ndarray, "rows attributes"], chance: Float[np.ndarray, " rows"]
-) -> Float[np.ndarray, " attributes"]:
-    """The weights whose probabilities lose the fewest nats against `chance`, by Newton."""
-    weights = np.zeros(difference.shape[1])
-    for _ in range(20):
-        now = sigmoid(difference @ weights)
-        curvature = (difference * (now * (1 - now))[:, None]).T @ difference
-        weights += np.linalg.solve(curvature + 1e-6 * np.eye(len(weights)), difference.T @ (chance - now))
-    return weights
 
 
 def show_communities(found: Run, world: World, root: Path) -> None:
