@@ -41,10 +41,11 @@ from pluralprefs.adapt import Joint, laplace_user, predict_jointly
 from pluralprefs.asking import pick
 from pluralprefs.data.simulate.states import Pairs
 from pluralprefs.data.sources import protocol
-from pluralprefs.experiment import Experiment, fit_seed, prepare
+from pluralprefs.experiment import Experiment, prepare
 from pluralprefs.fitting import Rows, gathered
 from pluralprefs.registry import find_run
 from pluralprefs.run import load
+from pluralprefs.seeds import fit_seed
 from pluralprefs.types import Comparisons, Item
 
 SEEDS, QUESTIONS, SHOWN = (0, 1, 2), 16, (0, 1, 2, 4, 6, 8, 12, 16)

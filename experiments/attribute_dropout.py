@@ -33,9 +33,10 @@ from pluralprefs.contrasts import paired_difference
 from pluralprefs.data import splits
 from pluralprefs.data.lexicon import palette
 from pluralprefs.evaluate import evaluate
-from pluralprefs.experiment import FAMILIES, FINAL, Experiment, Prepared, fit_seed, prepare, support
+from pluralprefs.experiment import FAMILIES, FINAL, Experiment, Prepared, prepare, support
 from pluralprefs.models.attribute_attention import AttributeAttention
 from pluralprefs.models.bradley_terry import BradleyTerry
+from pluralprefs.seeds import fit_seed
 from pluralprefs.users import Pooled
 
 USERS, EACH, TEXTS, BOOTSTRAPS = 200, 40, 50, 2000  # texts of each of 42 prompts

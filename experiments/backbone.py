@@ -55,10 +55,11 @@ from pluralprefs.encoders.decoder_config import DecoderConfig
 from pluralprefs.encoders.decoder_weights import LLAMA_NAMES
 from pluralprefs.encoders.lora import Lora
 from pluralprefs.evaluate import SEEN
-from pluralprefs.experiment import FAMILIES, Experiment, baseline_predictions, featured, fit_seed, indexed
+from pluralprefs.experiment import FAMILIES, Experiment, baseline_predictions, featured, indexed
 from pluralprefs.fitting import row_log_odds, take
 from pluralprefs.metrics import summarise
 from pluralprefs.registry.files import save_arrays
+from pluralprefs.seeds import fit_seed
 from pluralprefs.users import Pooled
 
 DATA = os.environ.get("PLURALPREFS_DATA", "../shared/data")

@@ -50,11 +50,15 @@ palette = every_family(
     save_users=True,
 )  # fmt: skip
 base = every_family(**shared) | {"attribute_attention": palette["attribute_attention"]}
-# A full covariance trusts the dependent pairs of one ordering most: validation rows choose how far.
-tempered = replace(base["low_rank"].users, temper=(1.0, 0.3, 0.1, 0.03))
+# Pairs of one ordering are not independent. How far to trust them is chosen by the menus that are held out of training,
+# each in turn, since validation rows follow from the training rows of their menu.
+tempered = {
+    name: replace(base[name], users=replace(base[name].users, temper=(1.0, 0.3, 0.1, 0.03), temper_by="prompt"))
+    for name in ("low_rank", "lore", "ideal_point", "ideal_direction")
+}
 # Shots and questions of families that infer their users share no dish, so that half of an answer is not in a shot.
 inferred = {
     name: replace(base[name], users=replace(base[name].users, cross_fit="item", folds=3))
     for name in ("fast_weights", "variational", "swap_symmetric", "neural_process", "meta_reward", "set_pooled")
 }
-experiments = base | inferred | {"low_rank": replace(base["low_rank"], users=tempered)}
+experiments = base | inferred | tempered

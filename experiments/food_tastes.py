@@ -47,11 +47,12 @@ from rich.table import Table
 from pluralprefs.adapting import adapt_units, user_rewards
 from pluralprefs.data import splits
 from pluralprefs.evaluate import evaluate
-from pluralprefs.experiment import Experiment, Prepared, fit_seed, prepare
+from pluralprefs.experiment import Experiment, Prepared, prepare
 from pluralprefs.fitting import Fitted
 from pluralprefs.intervals import estimate_mean
 from pluralprefs.metrics import row_nats, row_scores
 from pluralprefs.profiles import Sample, slopes, user_weights
+from pluralprefs.seeds import fit_seed
 from pluralprefs.types import UserPosterior
 from pluralprefs.users import apply_root, neutral, ravel
 

@@ -10,8 +10,9 @@ Four tables a set. The shot curve of users unseen in training, five draws: accur
 users, then nats; `bradley_terry` at 0 shots is the population. What shots are worth: nats minus those of the same route
 at 0 shots, paired, and the largest rise from one number of shots to the next (none may be above zero by its interval).
 The controls at 32 shots: accuracy with the user's own shots minus another user's; predictions that reverse with the
-labels. And calibration: the expected calibration error by shots and, on simulated worlds, how often 90 % intervals of
-the log-odds hold the truth (empty where a route says nothing of its own uncertainty).
+labels; of variational users the coordinates of z that tell users apart. And calibration: the expected calibration
+error by shots and, on simulated worlds, how often 90 % intervals of the log-odds hold the truth (empty where a route
+says nothing of its own uncertainty).
 Result: see LOG.md.
 """
 
@@ -43,7 +44,7 @@ from pluralprefs.data.simulate import (
 from pluralprefs.describe import describe
 from pluralprefs.experiment import Experiment, every_family
 from pluralprefs.metrics import summarise
-from pluralprefs.registry import list_runs, open_run
+from pluralprefs.registry import RunFolder, list_runs, open_run
 from pluralprefs.registry.environment import redact
 from pluralprefs.registry.files import plain
 from pluralprefs.results import results_table
@@ -109,10 +110,11 @@ def worth(rows: dict[str, pl.DataFrame], cell: str) -> list[list[str]]:
     return lines
 
 
-def controls(metrics: dict[str, pl.DataFrame], cell: str) -> list[list[str]]:
-    """A line a route: wrong-user gain in points and flip rate in per cent, at the most shots."""
-    lines = [["route", "own minus another's shots, points", "flip rate, %"]]
-    for route, table in metrics.items():
+def controls(runs: dict[str, RunFolder], cell: str) -> list[list[str]]:
+    """A line a route: wrong-user gain in points and flip rate in per cent, at the most shots; active units of z."""
+    lines = [["route", "own minus another's shots, points", "flip rate, %", "active units"]]
+    for route, run in runs.items():
+        table, notes = run.table("metrics"), run.read()["notes"]
         own = table.filter(pl.col("model") == route, pl.col("cell") == cell, pl.col("community").is_null())
         fields = []
         for metric in ("wrong_user_gain", "flip_rate"):
@@ -121,7 +123,8 @@ def controls(metrics: dict[str, pl.DataFrame], cell: str) -> list[list[str]]:
                 for row in own.filter(pl.col("metric") == metric).sort("shots").iter_rows(named=True)
             ]
             fields.append(found[-1] if found else "")
-        lines.append([route, *fields])
+        active = {seed["active_units"] for seed in notes.values() if "active_units" in seed}
+        lines.append([route, *fields, " to ".join(str(most(active)) for most in (min, max)[: len(active)])])
     return lines
 
 
@@ -175,7 +178,6 @@ def show(name: str, root: Path, asked: dict[str, Experiment]) -> None:
         together.append(curves(world))
     metrics = summarise(pl.concat([part.filter(pl.col("control").is_null()) for part in together], how="diagonal"),
                         pool_seeds=True)  # fmt: skip
-    kept = {route: run.table("metrics") for route, run in runs.items()}
     for cell in NEW:
         if not metrics.filter(pl.col("cell") == cell).height:
             continue
@@ -184,7 +186,7 @@ def show(name: str, root: Path, asked: dict[str, Experiment]) -> None:
         console.print("\nNats against the same route with fewer shots\n", highlight=False)
         console.print(markdown(worth(rows, cell)), highlight=False, markup=False)
         console.print("\nControls\n", highlight=False)
-        console.print(markdown(controls(kept, cell)), highlight=False, markup=False)
+        console.print(markdown(controls(runs, cell)), highlight=False, markup=False)
         console.print("\nCalibration\n", highlight=False)
         console.print(markdown(calibration(rows, metrics, cell, world)), highlight=False, markup=False)
 

@@ -36,11 +36,12 @@ from pluralprefs import attributes_cli, encoders
 from pluralprefs.attributes.source import PREDICTORS, predicted
 from pluralprefs.data.lexicon import attributes, palette, palette_world
 from pluralprefs.data.simulate import World
-from pluralprefs.experiment import FAMILIES, FINAL, Experiment, Prepared, fit_seed, prepare
+from pluralprefs.experiment import FAMILIES, FINAL, Experiment, Prepared, prepare
 from pluralprefs.fitting import take
 from pluralprefs.launch import run
 from pluralprefs.profiles import community_slopes, over_seeds
 from pluralprefs.run import Run
+from pluralprefs.seeds import fit_seed
 from pluralprefs.users import Pooled
 
 COMMUNITIES, MEMBERS, EACH = 20, 50, 40  # communities, users of each, comparisons of a user

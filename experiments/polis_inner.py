@@ -24,10 +24,11 @@ from pluralprefs.contrasts import paired_difference
 from pluralprefs.data import splits
 from pluralprefs.data.sources import protocol
 from pluralprefs.evaluate import evaluate
-from pluralprefs.experiment import Experiment, fit_seed, prepare, support
+from pluralprefs.experiment import Experiment, prepare, support
 from pluralprefs.metrics import summarise
 from pluralprefs.registry.files import write_parquet
 from pluralprefs.results import results_table
+from pluralprefs.seeds import fit_seed
 
 CELLS = {"seen/testpair": (None,), "unseen/testpair": (0, 16, 32), "unseen/newprompt": (0, 32)}
 plain = replace(experiments["bradley_terry"], support=None, draws=2, shots=(0, 16, 32))

@@ -44,10 +44,11 @@ from pluralprefs.data.simulate import (
     posterior_predictive,
 )
 from pluralprefs.evaluate import evaluate
-from pluralprefs.experiment import Experiment, fit_seed, prepare
+from pluralprefs.experiment import Experiment, prepare
 from pluralprefs.models.bradley_terry import BradleyTerry
 from pluralprefs.models.ideal_point import IdealDirection, IdealPoint
 from pluralprefs.models.low_rank import LowRank
+from pluralprefs.seeds import fit_seed
 from pluralprefs.users import Pooled
 
 SHOTS = (0, 4, 16, 32)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,6 @@ from pluralprefs.encoders.features import Features, append
 from pluralprefs.evaluate import SEEN, UNSEEN, Adapter
 from pluralprefs.fitting import Fitted, Rows, take
 from pluralprefs.hosts import all_or_none, divided, exchanged, gathered, own_rows, require_same
-from pluralprefs.inferring import fit_inferred
 from pluralprefs.likelihoods import Logistic, pooled_mean, user_tail
 from pluralprefs.models.attribute_attention import AttributeAttention
 from pluralprefs.models.bradley_terry import BradleyTerry
@@ -46,16 +45,13 @@ from pluralprefs.models.neural_process import NeuralProcess
 from pluralprefs.models.residual import Residual
 from pluralprefs.models.set_pooled import SetPooled
 from pluralprefs.models.variational import Variational
-from pluralprefs.pooling import fit_pooled, half_fits, shared_variance, tempered, tempered_population
-from pluralprefs.profiles import preference_variance
 from pluralprefs.train import attribute_dropout
-from pluralprefs.training import Report, Together, gradient_bases, temperature_scale
+from pluralprefs.training import Report
 from pluralprefs.trust import KNOTS
 from pluralprefs.types import InfersUser, Item, LearnsFromItems, LinearInUser, Reduction
-from pluralprefs.users import Pooled, Users
+from pluralprefs.users import Pooled
 
 TRAINING = ("train",)
-STEPS = 256  # of an epoch, at most
 MOST_ITEMS = 2000  # with an effect of their own, for the population and for each user
 FINAL = ("train", "validation", "train_only_final")
 Tell = Callable[[str], None]
@@ -73,7 +69,7 @@ class Experiment:
     controls   predict for the wrong user and with reversed labels too
     transform  changes each training batch: `transform(batch, key, step, steps=...)`, such as `train.attribute_dropout`
     epochs     at most; validation rows choose how many
-    batch_size   rows of a step, more where an epoch would have over `STEPS` of them
+    batch_size   rows of a step, more where an epoch would have over 256 of them
     refit      fit again on training and validation rows once they have chosen exponents and epochs
     save_users     keep the seen users' training rows in the run folder (personal data): needed to score them later
     """
@@ -379,140 +375,6 @@ def _effect_items(table: pl.DataFrame) -> tuple[str, ...]:
     counts = pl.concat([rows["first_id"], rows["second_id"]]).alias("item").value_counts()
     often = counts.filter(pl.col("count") > 1).sort(["count", "item"], descending=[True, False])
     return tuple(sorted(often["item"][:MOST_ITEMS]))
-
-
-def fit_seed(
-    experiment: Experiment, prepared: Prepared, seed: int, *, checkpoints: Path | None = None,
-    report: Report | None = None, together: Together | None = None,
-) -> Fitted:  # fmt: skip
-    """Fit one seed on training and (with `refit`) validation rows.
-
-    What is chosen on validation rows (a temperature, a tempering exponent, the residual variance) is chosen by a fit
-    without them first. Gradient training calls `report` after each epoch and continues from the folder `checkpoints`,
-    which must hold nothing but this seed's. `together` has the seeds that are trained with it, in place of both.
-    """
-    together = together or Together({seed: report}, checkpoints)
-    fit = partial(_fit, seed=seed, together=together)
-    cell = prepared.table["cell"].to_numpy()
-    train = take(prepared.rows, np.flatnonzero(np.isin(cell, TRAINING)))
-    validation = take(prepared.rows, np.flatnonzero(cell == "validation"))
-    model = new_model(experiment, prepared, seed)
-    if isinstance(model, Residual):
-        rows = take(prepared.rows, np.flatnonzero(np.isin(cell, FINAL))) if experiment.refit else train
-        return _fit_inferred(experiment, prepared, model, train, validation, rows, seed, checkpoints,
-                             report or together.reports[seed])  # fmt: skip
-    if not len(validation.target):
-        return fit(experiment, prepared, train, None, experiment.users)
-    pooled = experiment.users
-    offers = max(len(pooled.temper), len(pooled.population_temper))
-    by_gradient = not isinstance(model, LinearInUser) or bool(jax.tree.leaves(model))
-    choose = offers > 1 or pooled.residual is True or by_gradient or not isinstance(experiment.likelihood, Logistic)
-    if not experiment.refit:
-        return fit(experiment, prepared, train, validation, experiment.users)
-    everything = take(prepared.rows, np.flatnonzero(np.isin(cell, FINAL)))
-    if not choose:
-        return fit(experiment, prepared, everything, None, experiment.users)
-    about_users = len(pooled.temper) > 1 or pooled.residual is True
-    asked = pooled if about_users else replace(pooled, levels=(), cross_fit=None)  # no folds where none are needed
-    chosen = fit(experiment, prepared, train, validation, asked)
-    exponents = {
-        name: (chosen.notes[name],) if name in chosen.notes else getattr(pooled, name)  # the only one on offer
-        for name in ("temper", "population_temper")
-    }
-    settled = replace(
-        pooled,
-        **exponents,
-        residual=chosen.notes["residual"] if pooled.residual is True else pooled.residual,
-    )
-    scale = chosen.notes.get("inverse_temperature")
-    fitted = fit(experiment, prepared, everything, None, settled, scale=scale, stage="refit")
-    kept = {k: v for k, v in chosen.notes.items() if k.endswith("validation_nll") or k == "residual"}
-    return replace(fitted, notes=fitted.notes | kept)
-
-
-def _fit(
-    experiment: Experiment, prepared: Prepared, rows: Rows, validation: Rows | None, pooled: Pooled, *,
-    seed: int, together: Together, scale: float | None = None, stage: str = "fit",
-) -> Fitted:  # fmt: skip
-    new = partial(new_model, experiment, prepared)
-    model = new(seed)
-    users, communities = len(prepared.vocabulary.users), len(prepared.vocabulary.communities)
-    linear, joint = isinstance(model, LinearInUser), 0
-    trained = not linear or bool(jax.tree.leaves(model))
-    if not trained:
-        base, notes = tempered_population(model, prepared.features, rows, pooled, validation)
-    else:
-        if len(pooled.population_temper) != 1:
-            raise ValueError(f"users.population_temper {pooled.population_temper}: {type(model).__name__} is trained "
-                             "by gradient, with one exponent of the population's likelihood: give the one")  # fmt: skip
-        [exponent] = pooled.population_temper
-        joint = users if not linear and "user" in experiment.users.levels else 0  # trained beside the model
-        train = partial(
-            gradient_bases, [new(one) for one in together.seeds], prepared.features, tempered(rows, exponent), pooled,
-            users=joint, likelihood=experiment.likelihood, reduction=experiment.reduction,
-            optimizer=experiment.optimizer(), batch_size=_batch_size(experiment.batch_size, len(rows.target)),
-            validation=validation, transform=experiment.transform,
-        )  # fmt: skip
-        base, notes = together.base(seed, stage, experiment.epochs, train)
-        notes |= {"population_temper": exponent}
-    # A population that was trained beside users is one user's, and communities are fitted to what all say together.
-    sharp = joint > 0 and communities > 0 and "community" in experiment.users.levels
-    if sharp or not isinstance(experiment.likelihood, Logistic):
-        if scale is None:
-            asked = rows if validation is None else validation
-            scale = float(temperature_scale(*base(None), prepared.features, asked))
-        base, notes = _scaled(base, scale), notes | {"inverse_temperature": scale}
-    fitted = fit_pooled(
-        base, prepared.features, rows, pooled, users=users, communities=communities, validation=validation, notes=notes
-    )
-    final = validation is None or not experiment.refit
-    if trained and final and pooled.levels and experiment.users.residual is not True:
-        halves = half_fits(base, fitted)
-        variance = shared_variance(halves, prepared.features)
-        if halves and hasattr(model, "attribute_weights"):
-            fitted.notes["preference_variance"] = preference_variance(halves, prepared.features, communities)
-        residual = fitted.users.residual + jnp.float32(variance)
-        fitted = replace(fitted, users=fitted.users.replace(residual=residual))
-        fitted.notes["shared_variance"] = variance
-    return fitted
-
-
-def _fit_inferred(
-    experiment: Experiment, prepared: Prepared, model: Residual, train: Rows, validation: Rows, rows: Rows, seed: int,
-    checkpoints: Path | None, report: Report | None,
-) -> Fitted:  # fmt: skip
-    """Fit a family that infers its users to `rows`: users held out make its choices.
-
-    Validation rows only choose the exponent of the population's likelihood, where several are offered.
-    """
-    if experiment.transform is not None:
-        raise ValueError(f"{type(model.family).__name__} is trained on episodes, which transform does not change: set "
-                         "transform to None")  # fmt: skip
-    pooled, items = experiment.users, prepared.features
-    if len(pooled.population_temper) > 1 and len(validation.target):
-        _, chosen = tempered_population(model.population, items, train, pooled, validation)
-        pooled = replace(pooled, population_temper=(chosen["population_temper"],))
-    population, notes = tempered_population(model.population, items, rows, pooled, None)
-    return fit_inferred(
-        model, items, rows, pooled, population=population, users=len(prepared.vocabulary.users),
-        communities=len(prepared.vocabulary.communities), likelihood=experiment.likelihood,
-        reduction=experiment.reduction, optimizer=experiment.optimizer(), epochs=experiment.epochs,
-        batch_size=_batch_size(experiment.batch_size, len(rows.target)), seed=seed, notes=notes, report=report,
-        checkpoints=checkpoints,
-    )  # fmt: skip
-
-
-def _batch_size(asked: int, rows: int) -> int:
-    """The asked rows a step, or as many as keep an epoch to `STEPS`; at most all."""
-    return min(max(asked, -(-rows // STEPS)), rows)
-
-
-def _scaled(base: Callable[..., tuple[Any, Users]], scale: float) -> Callable[..., tuple[Any, Users]]:
-    def scaled(mask: np.ndarray | None) -> tuple[Any, Users]:
-        model, users = base(mask)
-        return model, users.replace(scale=jnp.float32(scale))
-
-    return scaled
 
 
 def new_model(experiment: Experiment, prepared: Prepared, seed: int) -> Any:

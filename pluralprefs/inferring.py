@@ -33,6 +33,7 @@ from pluralprefs.data.episodes import episode_epoch, episode_indices
 from pluralprefs.fitting import Fitted, Rows, gathered, padded, row_log_odds, strangers, take
 from pluralprefs.hosts import everywhere
 from pluralprefs.models.residual import OTHERS, Residual
+from pluralprefs.models.variational import Variational, active_units
 from pluralprefs.pooling import Base, folds_by
 from pluralprefs.train import episode_loss, episode_nats, init_state, make_epoch_step, make_train_step
 from pluralprefs.training import Report, Training, staying
@@ -74,7 +75,7 @@ def fit_inferred(
         raise ValueError(f"{type(model.family).__name__} infers users and has no community level: set users.levels to "
                          '["user"]')  # fmt: skip
     default = Pooled()
-    for name in ("temper", "parts", "covariance"):  # what only users that are fitted have
+    for name in ("temper", "temper_by", "parts", "covariance"):  # what only users that are fitted have
         if getattr(pooled, name) != getattr(default, name):
             raise ValueError(f"{type(model.family).__name__} infers users, which users.{name} does not change: leave "
                              "it out")  # fmt: skip
@@ -194,4 +195,6 @@ def _table(
         index = np.array(list(found))
         means = jax.tree.map(lambda *leaves: np.stack(leaves), *(posterior.mean for posterior in found.values()))
         table = table.replace(user=jax.tree.map(lambda all_, x: all_.at[index].set(x), table.user, means))
+        if isinstance(model.family, Variational):
+            notes["active_units"] = active_units(means.state["state"])
     return Fitted(model, table, rows, notes)

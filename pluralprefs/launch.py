@@ -34,7 +34,6 @@ from pluralprefs.experiment import (
     baseline_predictions,
     featured,
     fingerprint,
-    fit_seed,
     indexed,
     require_same_rows,
     summary_line,
@@ -48,6 +47,7 @@ from pluralprefs.registry import RegistryError, RunFolder, create, open_run
 from pluralprefs.registry.folder import table_file
 from pluralprefs.run import Run, load
 from pluralprefs.saving import save_seed, save_shared
+from pluralprefs.seeds import fit_seed
 from pluralprefs.training import Report, Together
 
 CHECKPOINTS = "checkpoints"  # in a run folder that is not done

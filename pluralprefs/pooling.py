@@ -81,6 +81,16 @@ def folds_by(kind: str, rows: Rows, count: int) -> list[Fold]:
     return [fold for _, fold in sorted(found, key=lambda entry: entry[0])]  # both items in one part first
 
 
+def prompt_parts(prompts: Sequence[str], count: int) -> list[np.ndarray]:
+    """Which rows fall into each of at most `count` parts of the prompts, whole prompts each: masks, [rows].
+
+    Prompts are dealt out in the order of a hash, so that no part is empty while there are prompts enough.
+    """
+    place = {name: i % count for i, name in enumerate(sorted(set(prompts), key=lambda name: _hash(f"prompt|{name}")))}
+    label = np.array([place[name] for name in prompts], int)
+    return [label == part for part in range(min(count, len(place)))]
+
+
 def _hash(text: str) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
 

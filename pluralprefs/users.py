@@ -43,6 +43,9 @@ class Pooled:
     rounds       empirical-Bayes rounds
     temper       exponents of a user's likelihood to choose from on validation: pairs derived from one ordering or one
                  set of votes are not independent, and a covariance that trusts them all falls below the population
+    temper_by    what chooses among several `temper`: "validation" rows, or "prompt": users adapted on some prompts of
+                 training predict those held out, of which the family has not seen a comparison either. For questions
+                 of new prompts where validation rows follow from training rows, as those of one ordering do
     population_temper   the same for the population's and the communities' likelihood, chosen first; one exponent for
                  families that are trained by gradient
     cross_fit    what the out-of-fold population scores are folded by: "pair", "item", "prompt" or None (in-sample);
@@ -59,6 +62,7 @@ class Pooled:
     strength: float = 0.5
     rounds: int = 8
     temper: tuple[float, ...] = (1.0,)
+    temper_by: str = "validation"
     population_temper: tuple[float, ...] = (1.0,)
     cross_fit: str | None = "pair"
     folds: int = 5
@@ -72,6 +76,8 @@ class Pooled:
             exponents = getattr(self, name)
             if not exponents or min(exponents) <= 0:
                 raise ValueError(f"users.{name} {exponents}: give one exponent or more, each above 0")
+        if self.temper_by not in ("validation", "prompt"):
+            raise ValueError(f"users.temper_by is 'validation' or 'prompt', not {self.temper_by!r}")
 
 
 @pytree

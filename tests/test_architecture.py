@@ -29,6 +29,7 @@ FLOORS = [
     "communities asking choosing user_shards fspo adapters",
     "profiles",
     "experiment",
+    "seeds",
     "saving profiled",
     "run plots",
     "launch answering model_card teacher_cli run_options",

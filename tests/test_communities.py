@@ -19,12 +19,13 @@ from pluralprefs.cli import app
 from pluralprefs.communities import community_posteriors
 from pluralprefs.data import batches, comparisons
 from pluralprefs.data.files import DataError
-from pluralprefs.experiment import Experiment, fit_seed, prepare
+from pluralprefs.experiment import Experiment, prepare
 from pluralprefs.fitting import Fitted, take
 from pluralprefs.models.bradley_terry import BradleyTerry
 from pluralprefs.plots.profiles import heat_map, profile_dots
 from pluralprefs.profiled import _held_out
 from pluralprefs.run import load
+from pluralprefs.seeds import fit_seed
 from pluralprefs.users import Pooled
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import optax
 import polars as pl
 import pytest
-from families import DIM, FAMILIES, INFERRING, KEY, items, pick, rows
+from families import DIM, FAMILIES, INFERRING, KEY, items, pick, rows, small_variational
 from tables import write
 from test_parity import layers, softmax
 
@@ -20,12 +20,13 @@ from pluralprefs.choosing import neighbours
 from pluralprefs.data.episodes import episode_indices
 from pluralprefs.data.files import DataError
 from pluralprefs.fitting import padded, take
-from pluralprefs.inferring import fit_inferred, settled
+from pluralprefs.inferring import _table, fit_inferred, settled
 from pluralprefs.launch import fit
 from pluralprefs.likelihoods import Logistic, pooled_mean
 from pluralprefs.models.low_rank import LowRank
 from pluralprefs.models.neural_process import NeuralProcess
 from pluralprefs.models.residual import Residual
+from pluralprefs.models.variational import active_units
 from pluralprefs.pooling import validation_nats
 from pluralprefs.registry.files import RegistryError, load_arrays
 from pluralprefs.run import load
@@ -179,6 +180,25 @@ def test_meta_training_differentiates_through_the_steps_and_first_order_does_not
         np.testing.assert_array_equal(slope(kernel, True), 0.0)
         none = model.replace(settings=tuple((dict(model.settings) | {"steps": 0}).items()))
         np.testing.assert_array_equal(none.infer_user(shots).mean, model.start)
+
+
+@pytest.mark.parametrize("collapsed", [False, True])
+def test_coordinates_that_tell_users_apart_are_counted(collapsed):
+    """Users of the training, each inferred from all its shots; a collapsed encoder says the same of everyone."""
+    population = LowRank.init(key=KEY, dim=DIM, rank=1)
+    family = small_variational(latent=5)
+    family = family.replace(encoder=jax.tree.map(lambda x: (0 if collapsed else 3) * x, family.encoder))
+    model = Residual.init(population=population, family=family, knots=3)
+    model = model.replace(most=jnp.full(2, 1e6))
+    user = np.array([0, 0, 1, 2], np.int32)
+    table = jax.tree.map(np.asarray, rows(FIRST, SECOND, TARGET)).replace(user=user)
+    notes = {}
+    found = _table(model, X, table, Pooled(), 4, 0, notes)
+    apart = np.asarray(found.users.user.state["state"])[:3].var(axis=0)
+    assert notes["active_units"] == (apart > 0.01).sum()
+    assert (notes["active_units"] == 0) == collapsed
+    assert active_units(np.array([[0.3, 0.0, 1.0], [-0.3, 0.1, 1.0]])) == 1
+    assert active_units(np.zeros((0, 3))) == 0
 
 
 def test_a_residual_is_the_population_plus_the_shift_as_far_as_it_is_trusted():
@@ -615,7 +635,13 @@ def test_a_level_of_communities_is_refused_and_without_a_level_of_users_all_are_
                 "epochs": 1, "batch_size": 8, "seed": 0, "notes": {}}  # fmt: skip
     with pytest.raises(ValueError, match="no community level"):
         fit_inferred(model, X, table, Pooled(levels=("community", "user")), **settings)
-    for ignored in ({"temper": (1.0, 0.5)}, {"parts": ("linear",)}, {"covariance": "full"}, {"residual": True}):
+    for ignored in (
+        {"temper": (1.0, 0.5)},
+        {"temper_by": "prompt"},
+        {"parts": ("linear",)},
+        {"covariance": "full"},
+        {"residual": True},
+    ):
         with pytest.raises(ValueError, match=f"users.{next(iter(ignored))} "):
             fit_inferred(model, X, table, Pooled(**ignored), **settings)
     model = Residual.init(population=population, family=model.family, knots=len(KNOTS))

@@ -13,11 +13,10 @@ import polars as pl
 import pytest
 from tables import write
 
-from pluralprefs import encoders, training
-from pluralprefs import experiment as experiments
+from pluralprefs import encoders, seeds, training
 from pluralprefs.data import comparisons
 from pluralprefs.data.files import DataError
-from pluralprefs.experiment import Experiment, fit_seed, prepare
+from pluralprefs.experiment import Experiment, prepare
 from pluralprefs.launch import resume, run
 from pluralprefs.likelihoods import Logistic, pooled_mean
 from pluralprefs.models.bradley_terry import BradleyTerry
@@ -25,6 +24,7 @@ from pluralprefs.models.low_rank import LowRank
 from pluralprefs.pytrees import pytree
 from pluralprefs.registry.files import RegistryError
 from pluralprefs.run import load
+from pluralprefs.seeds import fit_seed
 from pluralprefs.train import leaf_name
 from pluralprefs.types import Comparisons, Item
 from pluralprefs.users import Pooled
@@ -64,9 +64,9 @@ def test_an_exponent_that_is_the_only_one_is_used(whole):
 
 def test_the_exponent_of_the_population_is_used_by_families_that_are_trained(whole, monkeypatch):
     """They trained on, and left to the communities, a likelihood of power 1 whatever was asked."""
-    weights, original = [], experiments.gradient_bases
+    weights, original = [], seeds.gradient_bases
     monkeypatch.setattr(
-        experiments, "gradient_bases", lambda models, items, rows, *rest, **options: weights.append(rows.weight)
+        seeds, "gradient_bases", lambda models, items, rows, *rest, **options: weights.append(rows.weight)
         or original(models, items, rows, *rest, **options)
     )  # fmt: skip
     pooled = Pooled(gain=False, rounds=1, cross_fit=None, temper=(0.5,), population_temper=(0.25,))

@@ -20,11 +20,25 @@ from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 from pluralprefs.models.layers import Weights, init_mlp, mlp
 from pluralprefs.pytrees import pytree, static
 from pluralprefs.types import Comparisons, Covariance, Item, Key, UserPosterior
+
+LEAST = 0.01  # variance over users of a coordinate that says something of them
+
+
+def active_units(means: Float[np.ndarray, "users latent"]) -> int:
+    """How many coordinates of z say something of users: the variance of their posterior mean is above `LEAST`.
+
+    Burda et al. 2016 (arXiv 1509.00519, 5.2). A collapsed family has none.
+
+    >>> active_units(np.array([[0.5, 0.0], [-0.5, 0.01]]))
+    1
+    """
+    return int((np.var(np.asarray(means, np.float64), axis=0) > LEAST).sum()) if len(means) else 0
 
 
 @pytree
