@@ -104,7 +104,8 @@ def fit_inferred(
             others = take(judged, part)
             stranger, _ = train(model.family, others, epochs=done, folder=checkpoints and checkpoints / "far")
             away = settled(model, stranger, items, others), far
-        model = trusted(settled(model, chosen, items, shown), items, notes, judged, near, away)
+        model = trusted(settled(model, chosen, items, shown), items, notes, judged, near, away,
+                        dependent=pooled.cross_fit == "item")  # fmt: skip
         family, _ = train(model.family, judged, epochs=done, folder=checkpoints and checkpoints / "all")
         unit = model.unit
         model = settled(model, family, items, judged)

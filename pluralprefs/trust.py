@@ -6,12 +6,12 @@ Held-out users show shots and are asked about other comparisons of theirs; `judg
              about it: trust * max(0, 1 - (standard error / trust)^2), so that noise is not trusted
     spread   how far users depart from what is then predicted, in directions in which users of the training differ, as
              what the answers of one user have in common says: that of the most evidence, in log-odds
-    scale    how much sharper one user is than the mean over users that a prediction is: with the spread it loses the
-             fewest nats
+    scale    how much sharper one user is than the mean over users that a prediction is: with it the average over the
+             spread says what was predicted (`scale_of`)
 
 What no shot leaves open is how users differ, of which all users of the training tell, and held-out users need not.
-These are few, and say little: trust is drawn to 0 and scale to 1, and of the spread they tell the share that shots
-leave of what they differ by themselves (`spread_of`). What shots of responses that training does not know say is judged
+These are few, and say little: trust is drawn to 0, and of the spread they tell the share that shots leave of what they
+differ by themselves (`spread_of`). What shots of responses that training does not know say is judged
 apart (`far_judges`); its spread is only nearly in log-odds, for how much users differ (`Residual.unit`) is known of
 responses that training knows.
 """
@@ -29,6 +29,7 @@ from jaxtyping import Array, Bool, Float, Int
 from scipy.optimize import minimize, minimize_scalar
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
+from scipy.special import expit
 
 from pluralprefs.adapting import adapt_and_predict
 from pluralprefs.data.episodes import episode_indices
@@ -49,7 +50,7 @@ ENOUGH = 20  # users who have shown a number of shots, to learn how far it is to
 FEWEST = 2  # users to judge by; where there are fewer nothing is trusted
 MOST_DRAWS = 300  # of users, to learn what is left open
 MODE_STEPS = 12  # of Newton's method
-USUAL_SCALE = 0.5  # of log(scale): what few users say of it is drawn to a scale of 1
+USUAL_SCALE = 0.5  # of log(scale) beside which a spread is learned, beforehand
 NO_SPREAD = -5.0  # a logarithm: a spread of next to nothing, with which questions can still be ranked
 GAP = 1e-3  # of a factor, between which slopes of the loss are taken
 
@@ -167,38 +168,42 @@ class Trust(NamedTuple):
 
 def trusted(
     model: Residual, items: Item, notes: dict[str, Any], rows: Rows, near: Judging,
-    away: tuple[Residual, Judging] | None = None,
+    away: tuple[Residual, Judging] | None = None, *, dependent: bool = False,
 ) -> Residual:  # fmt: skip
     """Learn trust, scale, spread and most for shots of responses that training knows and (by `away`, a model and
     judges) of others.
 
     `rows` are those of all users of the training, with what the population says of them, out of fold, as `offset`.
+    Where comparisons of a user that share a response are `dependent`, none that do tell scale and spread together.
 
     A number of shots that few have, fewer than `ENOUGH` users and than a quarter of those who have one, teaches noise:
     it is trusted as the number before it, and more shots than that count as that many, since nobody bore out that they
     say more; far away, where few have much to show, as many count as near.
     """
-    found = [_judged(model, items, near, rows, notes)]
+    found = [_judged(model, items, near, rows, notes, dependent)]
     if away is not None:
         notes["far"] = {}
-        found.append(_judged(away[0], items, away[1], rows, notes["far"]))
+        found.append(_judged(away[0], items, away[1], rows, notes["far"], dependent))
     learned = {name: jnp.asarray(np.stack([getattr(part, name) for part in (found[0], found[-1])]), jnp.float32)
                for name in Trust._fields}  # fmt: skip
     return model.replace(**learned | {"most": jnp.maximum(learned["most"], learned["most"][0])})
 
 
-def _judged(model: Residual, items: Item, judging: Judging, everyone: Rows, notes: dict[str, Any]) -> Trust:
+def _judged(
+    model: Residual, items: Item, judging: Judging, everyone: Rows, notes: dict[str, Any], dependent: bool
+) -> Trust:
     """What the users of `judging` bear out at each number of shots, and what `everyone` leaves open without any."""
     knots = jnp.tile(jnp.asarray(KNOTS, jnp.float32), (2, 1))
     open_ended = model.replace(shots=knots, trust=jnp.ones_like(knots), scale=jnp.ones_like(knots),
                                spread=jnp.zeros_like(knots), most=jnp.full(2, 1e6))  # fmt: skip
     rows, asked = judging
-    usual = left_open(_of_nobody(open_ended, items, everyone), 0.0)
-    own = spread_of(_shown(open_ended, items, judging, 0, least=0), 0.0, usual[1])
+    told = disjoint if dependent else lambda found: found
+    usual = left_open(_of_nobody(open_ended, items, everyone, dependent), 0.0)
+    own = spread_of(told(_shown(open_ended, items, judging, 0, least=0)), 0.0, usual[1])
 
     def bear_out(found: Asked) -> tuple[float, float, float]:
         """Trust, scale and spread. Held-out users tell what share of what they differ by themselves is left open."""
-        factor = borne_out(found)
+        factor, found = borne_out(found), told(found)
         spread = usual[1] * min(1.0, spread_of(found, factor, usual[1]) / max(own, np.exp(NO_SPREAD)))
         return factor, scale_of(found, factor, spread), spread
 
@@ -267,11 +272,34 @@ def _shown(model: Residual, items: Item, judging: Judging, count: int, *, least:
     return Asked(shift, np.asarray(picked.offset, float), picked, units[1], differences(model, items, picked))
 
 
-def _of_nobody(model: Residual, items: Item, rows: Rows) -> Asked:
-    """Up to `SHOTS` comparisons of each of some users of whom nothing is known."""
+def disjoint(found: Asked) -> Asked:
+    """Comparisons of which no two of a user's draw share a response: the first that do not, in order.
+
+    What a user said of one response is in all its pairs. Evidence that takes them for answers of their own finds users
+    to differ, and to be sure, far more than they do.
+    """
+    return take(found, _no_response_twice(found.rows, found.unit))
+
+
+def _no_response_twice(rows: Rows, unit: np.ndarray) -> Bool[np.ndarray, " rows"]:
+    kept, seen = np.zeros(len(unit), bool), set()
+    for row, sides in enumerate(zip(unit, rows.first, rows.second, strict=True)):
+        both = {(sides[0], sides[1]), (sides[0], sides[2])}
+        if not seen & both:
+            kept[row] = True
+            seen |= both
+    return kept
+
+
+def _of_nobody(model: Residual, items: Item, rows: Rows, dependent: bool = False) -> Asked:
+    """Up to `SHOTS` comparisons of each of some users of whom nothing is known, `disjoint` where they are dependent."""
     draw, user = np.random.default_rng(0), np.where(_usable(rows), rows.user, -1)
     known = draw.permutation(np.unique(user[user >= 0]))[:MOST_DRAWS]
-    chosen = [draw.permutation(np.flatnonzero(user == one))[:SHOTS] for one in known]
+    chosen = []
+    for one in known:
+        own = draw.permutation(np.flatnonzero(user == one))
+        own = own[_no_response_twice(take(rows, own), user[own])] if dependent else own
+        chosen.append(own[:SHOTS])
     place = np.concatenate([np.zeros(0, int), *chosen])
     picked = take(rows, place)
     return Asked(np.zeros(len(place)), np.asarray(picked.offset, float), picked, user[place],
@@ -352,21 +380,20 @@ def spread_of(found: Asked, factor: float, usual: float = 1.0) -> float:
 
 
 def scale_of(found: Asked, factor: float, spread: float) -> float:
-    """The scale whose predictions, averaged over what is open, lose the fewest nats; 1 where nobody answers.
+    """How much sharper one user is than the mean over users that is predicted: 1 where nothing is open.
 
-    None below 1, which would say that the population is wrong, and not that users differ. log(scale) is normal
-    beforehand with deviation `USUAL_SCALE`; the draws of one user count as one.
+    With this scale the average over what is open says what was predicted, as nearly as one scale for all comparisons
+    can: it loses the fewest nats on the predictions themselves. Answers have no part in it: what is predicted was
+    fitted to those of many users already, and the few who are held out would add their noise. None is below 1.
     """
     if not len(found.unit):
         return 1.0
-    predicted = (found.offset + factor * found.shift).astype(np.float32)
+    predicted = found.offset + factor * found.shift
     variance = spread**2 * np.einsum("rv,rv->r", found.apart, found.apart)
-    repeats = len(np.unique(found.unit)) / len(np.unique(found.rows.user))
-    answers = found.rows.weight.sum() / repeats
+    meant = found.rows.replace(target=expit(predicted))
 
     def nats(log_scale: float) -> float:
-        mean = validation_nats(np.exp(log_scale) * predicted, variance, found.rows)
-        return float(answers * mean + 0.5 * (log_scale / USUAL_SCALE) ** 2)
+        return validation_nats(np.exp(log_scale) * predicted, variance, meant)
 
     scaled: Any = minimize_scalar(nats, bounds=(0.0, np.log(10.0)), method="bounded")
     return float(np.exp(scaled.x))
