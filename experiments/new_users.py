@@ -57,6 +57,7 @@ REAL = {"persona_mix": "persona", "persona_cross": "persona", "polis": "polis", 
         "food": "food"}  # fmt: skip
 ROUTES = ("bradley_terry", "individual", "low_rank", "lore", "ideal_point", "fast_weights", "variational",
           "swap_symmetric", "neural_process", "meta_reward", "set_pooled")  # fmt: skip
+WITH_PEERS = ("low_rank", "lore")
 NEW = ("unseen/testpair", "unseen/newprompt")
 console = Console(width=170, soft_wrap=True)
 
@@ -68,7 +69,8 @@ def experiments(name: str, seeds: tuple[int, ...]) -> dict[str, Experiment]:
             seeds=seeds, data=partial(attribute_table, name, **SIZES), encoder=partial(encoders.load, "attributes"),
             features={}, data_name=f"new_users_{name}", shots=SHOTS,
         )  # fmt: skip
-        return {route: found[route] for route in ROUTES}
+        peers = {route: replace(found[route], users=replace(found[route].users, peers=128)) for route in WITH_PEERS}
+        return {route: (found | peers)[route] for route in ROUTES}
     module = import_module(REAL[name])
     prefix = f"{name.partition('_')[2]}_" if name.startswith("persona") else ""
     own = {route: module.experiments[prefix + route] for route in ROUTES}

@@ -56,7 +56,7 @@ from pluralprefs.types import (
     User,
     UserPosterior,
 )
-from pluralprefs.users import Deviation, Users, apply_root, deviating_log_odds, gather, neutral, ravel
+from pluralprefs.users import Deviation, Peers, Users, apply_root, deviating_log_odds, gather, neutral, ravel
 
 CHUNK = 1024  # rows at once in `solve_many`
 FORWARD = 8  # coordinates of a state up to which slopes are taken forwards, one pass a coordinate
@@ -68,10 +68,61 @@ def laplace_user(
     """Return the Gaussian posterior of one user's deviation, given support rows and the table's priors.
 
     Newton to the mode, then `rounds` of moments towards the mean; rounds=0 is the textbook Laplace posterior. No rows,
-    or rows of weight 0, return the prior. Weights temper. `vmap` it over users.
+    or rows of weight 0, return the prior. Weights temper. `vmap` it over users. Where the table has `peers`, the prior
+    is their mixture, and what is returned has the mean and the covariance of the posterior, itself a mixture.
     """
+    if users.peers is not None:
+        return _among_peers(model, support, users, users.peers, steps, rounds)
     solution = solve_rows(model, support, users, users.user_root, steps=steps, rounds=rounds)
     return posterior(solution, users.user_root, ravel(neutral(model))[1])
+
+
+def _among_peers(
+    model: RewardModel, support: Comparisons[Item], users: Users, peers: Peers, steps: int, rounds: int
+) -> UserPosterior:
+    """The posterior under a mixture of Gaussians: one for each, weighed by its evidence, and their moments together."""
+    evidence, means, covariances = peer_posteriors(model, support, users, peers, steps=steps, rounds=rounds)
+    return mixed(model, jax.nn.softmax(evidence), means, covariances)
+
+
+def peer_posteriors(
+    model: RewardModel, support: Comparisons[Item], users: Users, peers: Peers, *, steps: int = STEPS,
+    rounds: int = ROUNDS,
+) -> tuple[Float[Array, " peers"], Float[Array, "peers size"], Float[Array, "peers size size"]]:  # fmt: skip
+    """Were a new user like each of the peers: the log evidence of the rows, posterior mean and covariance."""
+    unravel = ravel(neutral(model))[1]
+
+    def like(peer: Peers) -> tuple[Array, Array, Array]:
+        moved = jax.tree.map(jnp.add, users.population, unravel(peer.mean).state)
+        solution = solve_rows(model, support, users.replace(population=moved, peers=None), peer.root, steps=steps,
+                              rounds=rounds)  # fmt: skip
+        found = posterior(solution, peer.root, unravel)
+        assert found.covariance is not None
+        factor = covariance_root(found.covariance)
+        return solution.evidence, peer.mean + ravel(found.mean)[0], factor @ factor.T
+
+    return jax.vmap(like)(peers)
+
+
+def mixed(
+    model: RewardModel, share: Float[Array, " peers"], means: Float[Array, "peers size"],
+    covariances: Float[Array, "peers size size"],
+) -> UserPosterior:  # fmt: skip
+    """Mean and covariance of a mixture of Gaussians."""
+    mean = share @ means
+    apart = means - mean[None, :]
+    covariance = jnp.einsum("p,pij->ij", share, covariances) + (apart * share[:, None]).T @ apart
+    values, vectors = jnp.linalg.eigh(covariance)
+    root = vectors * jnp.sqrt(jnp.maximum(values, 0.0))[None, :]
+    return UserPosterior(ravel(neutral(model))[1](mean), Covariance(root, jnp.zeros((0, mean.shape[0]))))
+
+
+def prior_user(model: RewardModel, users: Users) -> UserPosterior:
+    """The posterior of a user of whom nothing is known: the prior."""
+    if users.peers is None:
+        return UserPosterior(neutral(model), Covariance(users.user_root, jnp.zeros((0, neutral_size(model)))))
+    count, root = users.peers.mean.shape[0], users.peers.root
+    return mixed(model, jnp.full(count, 1 / count), users.peers.mean, root @ jnp.swapaxes(root, 1, 2))
 
 
 def solve_rows(

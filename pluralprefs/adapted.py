@@ -205,8 +205,9 @@ def adapter(run: Adapts, method: str) -> Callable[..., UserPosterior]:
 
 def start(run: Adapts, method: str) -> UserPosterior:
     """The state of a user of whom nothing is known; a point estimate where the method makes one."""
-    prior = run.prior()
-    return prior.replace(covariance=None) if adapter(run, method) is fit_user else prior
+    if adapter(run, method) is fit_user:  # whose prior is the Gaussian, whatever the table's
+        return UserPosterior(neutral(run.model), None, run.fingerprint)
+    return run.prior()
 
 
 def pair_ids(table: pl.DataFrame) -> list[str]:

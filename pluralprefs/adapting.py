@@ -43,9 +43,10 @@ from pluralprefs.fitting import (
     take,
 )
 from pluralprefs.newton import Judgements
-from pluralprefs.types import Comparisons, InfersUser, Item, LeavesOpen, LinearInUser, UserPosterior
+from pluralprefs.types import Comparisons, Covariance, InfersUser, Item, LeavesOpen, LinearInUser, UserPosterior
 from pluralprefs.users import Deviation, Users, gather, neutral, ravel
 
+USERS_AT_ONCE = 16  # where each has many systems to solve
 UNITS_AT_ONCE = 256  # of a family that reads many rewards a row
 _NODES, _MASSES = np.polynomial.hermite_e.hermegauss(32)
 _MASSES = _MASSES / _MASSES.sum()  # quadrature of a standard normal
@@ -60,7 +61,18 @@ def route(model: Any, adapter: Callable[..., UserPosterior]) -> Callable[..., Us
 def _adapt(
     model: Any, users: Users, items: Item, support: Rows, adapter: Callable[..., UserPosterior]
 ) -> UserPosterior:
-    return jax.vmap(lambda rows: adapter(model, gathered(items, rows), users))(support)
+    def one(rows: Rows) -> UserPosterior:
+        return adapter(model, gathered(items, rows), users)
+
+    def moments(rows: Rows) -> tuple[Any, Array]:  # without arrays of no size, which `lax.map` cannot divide
+        found = one(rows)
+        assert found.covariance is not None
+        return found.mean, found.covariance.root
+
+    if users.peers is not None and adapter is laplace_user:  # many systems a user: not all users at once
+        mean, root = jax.lax.map(moments, support, batch_size=USERS_AT_ONCE)
+        return UserPosterior(mean, Covariance(root, jnp.zeros((len(root), 0, root.shape[-1]))))
+    return jax.vmap(one)(support)
 
 
 @jax.jit
@@ -186,13 +198,29 @@ def _with_empty(support_unit: np.ndarray, query_unit: np.ndarray, floats: int) -
         yield units, np.full((step_up(len(units), 4), 16), -1)
 
 
+def predict_own(
+    model: Any, users: Users, items: Item, support: Rows, owner: np.ndarray, query: Rows, unit: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """`adapt_and_predict` where whoever has support is a user of the table, who is one of its `peers`: the Gaussian is
+    the prior of these, and the mixture of all who have none."""
+    if users.peers is None:
+        return adapt_and_predict(model, users, items, support, owner, query, unit)
+    found, own = np.zeros((2, len(unit))), np.isin(unit, owner)
+    for part, table in ((own, users.replace(peers=None)), (~own, users)):
+        if part.any():
+            mine = np.isin(owner, unit[part])
+            found[:, part] = adapt_and_predict(model, table, items, take(support, mine), owner[mine],
+                                               take(query, part), unit[part])  # fmt: skip
+    return found[0], found[1]
+
+
 def predict_seen(fitted: Fitted, items: Item, query: Rows) -> tuple[np.ndarray, np.ndarray]:
     """Mean and variance of log-odds of the table's own users, each adapted to its training rows.
 
     Rows of unknown users (-1) are scored for their community, with variance of the user prior.
     """
     support, unit = _of_table(fitted, query)
-    return adapt_and_predict(fitted.model, fitted.users, items, support, np.asarray(support.user), query, unit)
+    return predict_own(fitted.model, fitted.users, items, support, np.asarray(support.user), query, unit)
 
 
 def _of_table(fitted: Fitted, query: Rows) -> tuple[Rows, np.ndarray]:

@@ -165,7 +165,8 @@ class Scorer:
         assert items is not None
         mine = np.flatnonzero(np.asarray(rows.user) == number)
         unit = np.full(len(mine), number)
-        return adapt_units(self.run.model, self.run.users, items, take(rows, mine), unit)[number]
+        users = self.run.users.replace(peers=None)  # of whom this user may be one
+        return adapt_units(self.run.model, users, items, take(rows, mine), unit)[number]
 
     def _table(self, questions: Sequence[Question], names: Sequence[str]) -> pl.DataFrame:
         """The comparisons that questions ask for, then as many repetitions of the last as make the number round."""

@@ -26,13 +26,13 @@ import jax.numpy as jnp
 import numpy as np
 import polars as pl
 
-from pluralprefs.adapt import laplace_user, neutral_size
+from pluralprefs.adapt import neutral_size, prior_user
 from pluralprefs.adapted import AdaptedUser, adapted, adapter, flat, load_states, load_user, save_states
 from pluralprefs.adapting import (
-    adapt_and_predict,
     adapt_rectangles,
     adapt_units,
     mean_rewards,
+    predict_own,
     predict_rows,
     probability_std,
 )
@@ -67,8 +67,8 @@ from pluralprefs.registry.files import RegistryError, load_arrays
 from pluralprefs.registry.folder import RunFolder, open_run
 from pluralprefs.saving import SENTENCES, full_covariance
 from pluralprefs.train import CheckpointStore
-from pluralprefs.types import Comparisons, Covariance, InfersUser, Item, ScalarReward, UserPosterior
-from pluralprefs.users import Users, neutral
+from pluralprefs.types import Comparisons, InfersUser, Item, ScalarReward, UserPosterior
+from pluralprefs.users import Peers, Users
 
 
 @dataclass(frozen=True)
@@ -150,9 +150,7 @@ class Run:
 
     def prior(self) -> UserPosterior:
         """The posterior of a user of whom nothing is known."""
-        size = neutral_size(self.model)
-        covariance = Covariance(self.users.user_root, jnp.zeros((0, size)))
-        return UserPosterior(neutral(self.model), covariance, self.fingerprint)
+        return prior_user(self.model, self.users).replace(base=self.fingerprint)
 
     @overload
     def score(
@@ -387,10 +385,8 @@ class Run:
         known = np.isin(support.user, user[user >= 0])
         support = jax.tree.map(lambda x: x[known], support)
         stranger = int(user.max(initial=-1)) + 1
-        return adapt_and_predict(
-            self.model, self.users, both, support, np.asarray(support.user), query,
-            np.where(user >= 0, user, stranger), adapter=laplace_user,
-        )  # fmt: skip
+        unit = np.where(user >= 0, user, stranger)
+        return predict_own(self.model, self.users, both, support, np.asarray(support.user), query, unit)
 
     def trained_on(self, table: pl.DataFrame, rows: Rows) -> np.ndarray:
         """Which rows are a pair that the same user was trained on; all rows without a user are one such."""
@@ -487,6 +483,8 @@ def load(path: str | Path, *, seed: int | None = None, attributes: bool = True) 
     if full_covariance(experiment):
         size = neutral_size(model)
         like = like.replace(user_root=jnp.zeros((size, size)))
+    peers = content["notes"][str(chosen)].get("peers", 0)
+    like = like.replace(peers=Peers.empty(model, peers) if peers else None)
     store = CheckpointStore(where / "params" / f"seed-{chosen}", keep=1, alone=True)
     with closing(store):
         try:

@@ -23,6 +23,7 @@ from pluralprefs.fitting import Fitted, Rows, take
 from pluralprefs.inferring import fit_inferred
 from pluralprefs.likelihoods import Logistic
 from pluralprefs.models.residual import Residual
+from pluralprefs.peers import check_peers, with_peers
 from pluralprefs.pooling import fit_pooled, half_fits, prompt_parts, shared_variance, tempered, tempered_population
 from pluralprefs.profiles import preference_variance
 from pluralprefs.training import Report, Together, gradient_bases, temperature_scale
@@ -50,6 +51,8 @@ def fit_seed(
     taught = np.flatnonzero(np.isin(cell, FINAL if experiment.refit else TRAINING))
     everything, pooled = take(prepared.rows, taught), experiment.users
     model = new_model(experiment, prepared, seed)
+    if pooled.peers:
+        check_peers(model, pooled)
     if isinstance(model, Residual):
         return _fit_inferred(experiment, prepared, model, train, validation, everything, seed, checkpoints,
                              report or together.reports[seed])  # fmt: skip
@@ -158,7 +161,7 @@ def _fit(
         residual = fitted.users.residual + jnp.float32(variance)
         fitted = replace(fitted, users=fitted.users.replace(residual=residual))
         fitted.notes["shared_variance"] = variance
-    return fitted
+    return with_peers(fitted, prepared.features, pooled.peers) if final and pooled.peers else fitted
 
 
 def _fit_inferred(

@@ -54,6 +54,8 @@ class Pooled:
     parts        parts of the state that may deviate at user level (None: all)
     population_parts   parts that the population and the communities have (None: all)
     population   whether there is a shared population at all; without one, users are individuals
+    peers        at most so many users of the training, whose posteriors together are the prior of a new user, in place
+                 of the Gaussian, where left-out users bear that out (`peers`); for families with few coordinates
     """
 
     levels: tuple[str, ...] = ("user",)
@@ -70,6 +72,7 @@ class Pooled:
     parts: tuple[str, ...] | None = None
     population_parts: tuple[str, ...] | None = None
     population: bool = True
+    peers: int = 0
 
     def __post_init__(self) -> None:
         for name in ("temper", "population_temper"):
@@ -78,6 +81,8 @@ class Pooled:
                 raise ValueError(f"users.{name} {exponents}: give one exponent or more, each above 0")
         if self.temper_by not in ("validation", "prompt"):
             raise ValueError(f"users.temper_by is 'validation' or 'prompt', not {self.temper_by!r}")
+        if self.peers < 0:
+            raise ValueError(f"users.peers {self.peers}: give a number of users, 0 for a Gaussian prior")
 
 
 @pytree
@@ -89,8 +94,25 @@ class Deviation(Replaceable):
 
 
 @pytree
+class Peers(Replaceable):
+    """Posteriors of users of the training, over the raveled deviation; the covariance of each is root root'."""
+
+    mean: Float[Array, "peers size"]
+    root: Float[Array, "peers size size"]
+
+    @classmethod
+    def empty(cls, model: RewardModel, count: int) -> Peers:
+        size = ravel(neutral(model))[0].shape[0]
+        return cls(jnp.zeros((count, size)), jnp.zeros((count, size, size)))
+
+
+@pytree
 class Users(Replaceable):
-    """The pooled user table. `root` is the root of a level's prior covariance, over the raveled deviation."""
+    """The pooled user table. `root` is the root of a level's prior covariance, over the raveled deviation.
+
+    The prior of a user of the table is N(0, user_root user_root'); that of a new one too, or the mixture of `peers`,
+    each as likely as the other, where there are any.
+    """
 
     population: User
     community: Deviation
@@ -99,6 +121,7 @@ class Users(Replaceable):
     user_root: Float[Array, " size"] | Float[Array, "size size"]
     scale: Float[Array, ""]
     residual: Float[Array, ""]
+    peers: Peers | None = None
 
     @classmethod
     def init(cls, model: RewardModel, *, users: int, communities: int, strength: float = 0.5) -> Users:

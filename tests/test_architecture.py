@@ -22,7 +22,7 @@ FLOORS = [
     "adapt train token_batches",
     "fitting",
     "adapting",  # lazily, adapting and pooling may import each other
-    "pooling",
+    "pooling peers",
     "training evaluate adapted windows",
     "trust prompted backbone",
     "inferring",
