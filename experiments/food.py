@@ -30,8 +30,8 @@ the ideal points in the first table are with the variance of shared parameters (
 low_rank 0.904, 0.793) and --set controls=false; the others are older. bradley_terry takes a minute on 2 CPU cores.
 Run on 2026-11-22 (seeds 0 to 2, --set controls=false): bradley_terry_mlp seen/newprompt 72.9 [69.9, 75.5];
 0.560, unseen/newprompt 54.3 [47.9, 60.2]; 0.691 at 0 shots and 64.1 [56.9, 70.4]; 0.655 at 32;
-lore once more 61.2 [58.4, 64.0]; 0.678, 58.3; 0.676 and 59.5 [51.7, 66.8]; 0.693 (released LoRe, rank 5: 63.8; 1.141, 57.8;
-1.038 at 32: ours is less sure, not more accurate).
+lore once more 61.2 [58.4, 64.0]; 0.678, 58.3; 0.676 and 59.5 [51.7, 66.8]; 0.693 (released LoRe, rank 5: 63.8;
+1.141, 57.8; 1.038 at 32: ours is less sure, not more accurate).
 """
 
 import os
