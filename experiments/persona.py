@@ -7,7 +7,8 @@ Result: mixtures, low_rank of rank 4 whose new users may be like any of the trai
 experiments/new_users.py --sets persona_mix --routes low_rank --seeds 0,1,2`, two minutes on 2 CPU cores beside other
 jobs): seen/testpair 78.5 [76.5, 80.5]; 0.448, unseen 62.4; 0.646 at 2 shots, 73.6; 0.517 at 8, 74.6 [71.5, 78.0]; 0.494
 at 16 and 76.7 [73.6, 79.8]; 0.455 at 32; 93.6 % [92.2, 94.9] of predictions reverse with the labels. With the Gaussian
-prior it is 74.3; 0.512 at 16 and 76.6; 0.469 at 32. lore so: 62.5; 0.652, 72.9; 0.536, 73.6; 0.511, 76.7; 0.472. All else is with Gaussian priors, low_rank of rank 8.
+prior it is 74.3; 0.512 at 16 and 76.6; 0.469 at 32. lore so: 62.5; 0.652, 72.9; 0.536, 73.6; 0.511, 76.7; 0.472.
+All else is with Gaussian priors, low_rank of rank 8.
 2026-11-21, low_rank, seeds 0 to 2, under 6 minutes a world on 2 CPU cores under other load: mixtures:
 seen/testpair 78.3 [76.3, 80.2]; 0.455, unseen 62.5; 0.646 at 2 shots, 73.0; 0.534 at 8, 74.2; 0.515 at 16, 76.6 [74.0,
 79.4]; 0.472 at 32. unmixed: 100.0 [100.0, 100.0]; 0.245 from 2 shots on, 0.083 at 32. Mixtures, lore, seeds 0 to 2:
