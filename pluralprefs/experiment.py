@@ -462,6 +462,8 @@ def _row_digests(table: pl.DataFrame) -> np.ndarray:
 
 def summary_line(fitted: Fitted) -> str:
     """What the fit decided, in one line."""
+    if "spread" in fitted.notes:  # users are inferred
+        return f"users are inferred; before any shot they differ by {fitted.notes['spread']['0']:.2g} log-odds"
     strength = fitted.notes.get("user_strength", {})
     spread = ", ".join(f"{name} {value:.2g}" for name, value in strength.items())
     return f"temper {fitted.notes.get('temper', 1.0):g}; prior spread of users: {spread or 'none'}"

@@ -171,6 +171,8 @@ class Run:
         of the response against the average of all of them, with standard deviation. Responses are texts, or a table
         with `response` and the attribute columns that the run reads.
         """
+        if isinstance(users, AdaptedUser):
+            raise DataError("score: an adapted user is given by name, user=...")
         if not isinstance(table, pl.DataFrame):
             if user is None:
                 raise DataError("score(prompt, responses) needs user=, such as run.adapt(prior='population')")
@@ -180,6 +182,8 @@ class Run:
                 raise DataError("score: give users or user, not both")
             table, users = user.own(table), {user.name: user.posterior}
         for name, posterior in (users or {}).items():
+            if isinstance(posterior, AdaptedUser):
+                raise DataError(f"score: users has an adapted user for {name!r}: give its posterior, or user=")
             if posterior.base not in ("", self.fingerprint):
                 raise DataError(f"the state of user {name!r} belongs to another model than {self.folder.name!r}: adapt "
                                 "the user to this run")  # fmt: skip

@@ -60,10 +60,13 @@ def fit_seed(
     by_gradient = not isinstance(model, LinearInUser) or bool(jax.tree.leaves(model))
     notes: dict[str, Any] = {}
     if pooled.temper_by == "prompt" and len(pooled.temper) > 1:
-        if by_gradient and len(validation.target):  # the first stage says how many epochs the others take
-            fit(train, validation, replace(pooled, levels=(), cross_fit=None))
+        asked = pooled
+        if (by_gradient or len(pooled.population_temper) > 1) and len(validation.target):
+            # The first stage says how many epochs the others take, and how the population is weighed.
+            first = fit(train, validation, replace(pooled, levels=(), cross_fit=None))
+            asked = replace(pooled, population_temper=(first.notes["population_temper"],))
         prompts = prepared.table["prompt_id"][taught].to_list()
-        exponent, notes = _temper_by_prompt(fit, everything, prompts, pooled)
+        exponent, notes = _temper_by_prompt(fit, everything, prompts, asked)
         pooled = replace(pooled, temper=(exponent,))
     if not len(validation.target):
         return _noted(fit(train, None, pooled), notes)
@@ -102,7 +105,8 @@ def _temper_by_prompt(
     Each part of the prompts is predicted by a fit that has not seen a comparison of it: shared parameters, population,
     strengths and users alike.
     """
-    nats, parts = dict.fromkeys(pooled.temper, 0.0), prompt_parts(prompts, pooled.folds)
+    nats, weight = dict.fromkeys(pooled.temper, 0.0), np.asarray(rows.weight, float)
+    parts = [part for part in prompt_parts(prompts, pooled.folds) if weight[part].any()]
     if len(parts) < 2:
         raise ValueError("users.temper_by 'prompt': training rows have one prompt alone, so that none can be held out; "
                          "give 'validation', or one exponent in users.temper")  # fmt: skip
@@ -110,7 +114,7 @@ def _temper_by_prompt(
         found = fit(take(rows, np.flatnonzero(~part)), None, pooled, asked=take(rows, np.flatnonzero(part)),
                     stage=f"prompts-{number}")  # fmt: skip
         for exponent in pooled.temper:
-            nats[exponent] += found.notes["temper_validation_nll"][str(exponent)] * part.mean()
+            nats[exponent] += found.notes["temper_validation_nll"][str(exponent)] * weight[part].sum() / weight.sum()
     tried = {str(exponent): value for exponent, value in nats.items()}
     return min(nats, key=nats.__getitem__), {"temper_prompts_nll": tried}
 

@@ -52,6 +52,7 @@ MOST_DRAWS = 300  # of users, to learn what is left open
 MODE_STEPS = 12  # of Newton's method
 USUAL_SCALE = 0.5  # of log(scale) beside which a spread is learned, beforehand
 NO_SPREAD = -5.0  # a logarithm: a spread of next to nothing, with which questions can still be ranked
+NOTHING = 1e-3  # log-odds, below which nothing is predicted
 GAP = 1e-3  # of a factor, between which slopes of the loss are taken
 
 Apart = str | Bool[np.ndarray, " items"]  # what shots and questions do not share (`episode_indices`)
@@ -276,9 +277,11 @@ def disjoint(found: Asked) -> Asked:
     """Comparisons of which no two of a user's draw share a response: the first that do not, in order.
 
     What a user said of one response is in all its pairs. Evidence that takes them for answers of their own finds users
-    to differ, and to be sure, far more than they do.
+    to differ, and to be sure, far more than they do. All are kept where that leaves hardly anybody two to compare, as
+    where each pair has a response that all pairs have.
     """
-    return take(found, _no_response_twice(found.rows, found.unit))
+    kept = _no_response_twice(found.rows, found.unit)
+    return take(found, kept) if kept.sum() >= 2 * len(np.unique(found.unit)) else found
 
 
 def _no_response_twice(rows: Rows, unit: np.ndarray) -> Bool[np.ndarray, " rows"]:
@@ -295,11 +298,11 @@ def _of_nobody(model: Residual, items: Item, rows: Rows, dependent: bool = False
     """Up to `SHOTS` comparisons of each of some users of whom nothing is known, `disjoint` where they are dependent."""
     draw, user = np.random.default_rng(0), np.where(_usable(rows), rows.user, -1)
     known = draw.permutation(np.unique(user[user >= 0]))[:MOST_DRAWS]
-    chosen = []
-    for one in known:
-        own = draw.permutation(np.flatnonzero(user == one))
-        own = own[_no_response_twice(take(rows, own), user[own])] if dependent else own
-        chosen.append(own[:SHOTS])
+    mixed = [draw.permutation(np.flatnonzero(user == one)) for one in known]
+    chosen = [own[:SHOTS] for own in mixed]
+    if dependent:
+        apart = [own[_no_response_twice(take(rows, own), user[own])][:SHOTS] for own in mixed]
+        chosen = apart if sum(map(len, apart)) >= 2 * len(apart) else chosen
     place = np.concatenate([np.zeros(0, int), *chosen])
     picked = take(rows, place)
     return Asked(np.zeros(len(place)), np.asarray(picked.offset, float), picked, user[place],
@@ -390,6 +393,9 @@ def scale_of(found: Asked, factor: float, spread: float) -> float:
         return 1.0
     predicted = found.offset + factor * found.shift
     variance = spread**2 * np.einsum("rv,rv->r", found.apart, found.apart)
+    if np.abs(predicted).max() < NOTHING:  # any scale keeps that: what it is where little is predicted
+        flatter = 1 / np.sqrt(1 + np.pi * variance / 8)
+        return float(flatter.mean() / (flatter**2).mean())
     meant = found.rows.replace(target=expit(predicted))
 
     def nats(log_scale: float) -> float:

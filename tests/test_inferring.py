@@ -358,6 +358,34 @@ def test_pairs_of_the_same_votes_do_not_say_that_users_differ():
         assert len(np.unique(shown)) == len(shown) == 12
 
 
+@pytest.mark.parametrize("size", [0.0, 1e-9, 1e-6, 1e-3, 1e-2])
+def test_where_nothing_is_predicted_a_user_is_not_ten_times_as_sharp(size):
+    """The loss is flat in the scale there, or noise; a scale is also read between numbers of shots."""
+    asked = asked_of(50, 20, spread=0.0)
+    asked = asked._replace(offset=size * asked.offset)
+    flatter = 1 / np.sqrt(1 + np.pi * (asked.apart**2).sum(1) / 8)
+    weight = asked.offset**2 if size else np.ones(1000)
+    expected = (weight * flatter).sum() / (weight * flatter**2).sum()  # least squares of small predictions
+    assert scale_of(asked, 0.0, 1.0) == pytest.approx(expected, rel=0.05)
+    assert scale_of(asked, 0.0, 0.0) == pytest.approx(1.0, abs=0.01)
+
+
+def test_pairs_that_all_share_a_response_still_say_that_users_differ():
+    """A reference against candidates: no two pairs are apart, and one a user says nothing of how they differ."""
+    draw = np.random.default_rng(0)
+    user = np.repeat(np.arange(100), 20).astype(np.int32)
+    first, second = np.zeros(len(user), np.int32), draw.integers(1, 6, len(user)).astype(np.int32)
+    taste = 1.5 * draw.normal(size=(100, DIM))[user]
+    chance = 1 / (1 + np.exp(-(taste * (E[first] - E[second])).sum(1)))
+    table = jax.tree.map(np.asarray, rows(first, second, draw.random(len(user)) < chance)).replace(user=user)
+    family = FAMILIES["set_pooled"]()
+    model = Residual.init(population=LowRank.init(key=KEY, dim=DIM, rank=1), family=family, knots=len(KNOTS))
+    model, near = settled(model, family, X, table), Judging(table, "pair")
+    found = [trusted(model, X, {}, table, near, dependent=dependent).spread[0, 0] for dependent in (False, True)]
+    assert float(found[1]) == pytest.approx(float(found[0]), rel=1e-3)
+    assert float(found[1]) > 0.5
+
+
 def test_what_users_of_the_training_leave_open_is_in_units_of_log_odds():
     told = jax.tree.map(np.asarray, rows(np.arange(6) % 6, (np.arange(6) + 1) % 6, np.arange(6) % 2))
     told = jax.tree.map(lambda x: np.tile(x, 10), told).replace(user=np.repeat(np.arange(20), 3).astype(np.int32))

@@ -13,6 +13,7 @@ from tables import write
 from pluralprefs.adapt import fit_user, laplace_user, predict, prior_user
 from pluralprefs.adapting import adapt_and_predict, adapt_units, predict_seen
 from pluralprefs.data import comparisons
+from pluralprefs.data.files import DataError
 from pluralprefs.fitting import Fitted, take
 from pluralprefs.launch import fit
 from pluralprefs.models.bradley_terry import BradleyTerry
@@ -181,6 +182,10 @@ def test_a_run_with_peers_is_read_back_and_adapts(run, tmp_path):
     np.testing.assert_array_equal(kept.posterior.covariance.root, at_once.posterior.covariance.root)
     scored = again.score(table.with_columns(user_id=pl.lit("nobody")))
     assert set(scored["user_source"]) == {"population"}
+    with pytest.raises(DataError, match="an adapted user is given by name, user="):
+        again.score(table, at_once)
+    with pytest.raises(DataError, match="users has an adapted user for 'ana'"):
+        again.score(table, {"ana": at_once})
     point = again.adapt(prior="population", method="map")
     np.testing.assert_array_equal(point.posterior.mean.state, 0.0)
     support = jax.tree.map(lambda x: x[:1], at_once.rows)

@@ -93,6 +93,27 @@ def test_one_prompt_cannot_be_held_out_and_says_so():
         Pooled(temper_by="user")
 
 
+def test_the_population_of_the_held_out_prompts_is_weighed_as_the_one_that_serves():
+    """The first exponent on offer was taken, whatever validation rows chose."""
+    table = orderings(moods=False)
+    tried = [
+        fitted(table, temper_by="prompt", population_temper=order).notes["temper_prompts_nll"]
+        for order in ((1.0, 0.05), (0.05, 1.0))
+    ]
+    assert tried[0] == pytest.approx(tried[1], rel=1e-6)
+
+
+def test_prompts_of_no_weight_are_not_held_out():
+    table = orderings(moods=True)
+    silent = table.with_columns(weight=pl.when(pl.col("prompt_id") == "p2").then(0.0).otherwise(1.0))
+    found = fitted(silent, temper_by="prompt").notes
+    assert found["temper"] == 0.03
+    assert np.isfinite(list(found["temper_prompts_nll"].values())).all()
+    one = table.with_columns(weight=pl.when(pl.col("prompt_id") == "p0").then(1.0).otherwise(0.0))
+    with pytest.raises(ValueError, match="one prompt alone"):
+        fitted(one, temper_by="prompt")
+
+
 def test_without_validation_rows_or_a_second_fit_prompts_choose_too():
     moods = orderings(moods=True)
     bare = moods.with_columns(cell=pl.lit("train"), fold=pl.lit("train"))
