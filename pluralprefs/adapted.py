@@ -27,7 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 import polars as pl
 
-from pluralprefs.adapt import fit_user, infer_user, laplace_user
+from pluralprefs.adapt import fit_user, infer_user, laplace_user, mode_user
 from pluralprefs.adapting import adapt_one
 from pluralprefs.data.batches import Vocabulary
 from pluralprefs.data.files import DataError, shown
@@ -40,7 +40,7 @@ from pluralprefs.users import Users, neutral, ravel
 
 POPULATION = "population"
 COMMUNITY = "community:"
-ADAPTERS: dict[str, Callable[..., UserPosterior]] = {"laplace": laplace_user, "map": fit_user}
+ADAPTERS: dict[str, Callable[..., UserPosterior]] = {"laplace": laplace_user, "map": mode_user}
 
 
 class Adapts(Protocol):
@@ -205,7 +205,7 @@ def adapter(run: Adapts, method: str) -> Callable[..., UserPosterior]:
 
 def start(run: Adapts, method: str) -> UserPosterior:
     """The state of a user of whom nothing is known; a point estimate where the method makes one."""
-    if adapter(run, method) is fit_user:  # whose prior is the Gaussian, whatever the table's
+    if adapter(run, method) in (fit_user, mode_user):  # whose prior is the Gaussian, whatever the table's
         return UserPosterior(neutral(run.model), None, run.fingerprint)
     return run.prior()
 

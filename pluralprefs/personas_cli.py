@@ -124,7 +124,7 @@ def responses(
 def refine(
     folder: Folder = Path("personas"),
     rounds: Annotated[int, typer.Option(help="Better descriptions asked for, at most.")] = 3,
-    enough: Annotated[float, typer.Option(help="Share of pairs that a description has to decide, 0 to 1.")] = 0.9,
+    enough: Annotated[float, typer.Option(help="Share of pairs that a description has to decide.", min=0, max=1)] = 0.9,
     tried: Annotated[int, typer.Option(help="Pairs that every description is tried on.")] = 12,
     pairs: PairsEach = 4,
     seed: Seed = 0,
@@ -201,7 +201,9 @@ def label(
 @plainly
 def report(
     folder: Folder = Path("personas"),
-    most: Annotated[float | None, typer.Option(help="Leave out who disagrees with the others on more, 0 to 1.")] = None,
+    most: Annotated[
+        float | None, typer.Option(help="Leave out who disagrees with the others on more pairs.", min=0, max=1)
+    ] = None,
     contested: Annotated[bool, typer.Option("--contested", help="Leave out pairs on which all agree.")] = False,
     out: Annotated[Path | None, typer.Option(help="Where the comparisons that stay go (.jsonl, .parquet).")] = None,
     debug: Debug = False,

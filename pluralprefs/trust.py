@@ -2,8 +2,10 @@
 
 Held-out users show shots and are asked about other comparisons of theirs; `judges` says which. At each number of shots
 
-    trust    the factor of the inferred shift that loses the fewest nats, drawn towards 0 as far as the users disagree
-             about it: trust * max(0, 1 - (standard error / trust)^2), so that noise is not trusted
+    trust    the factor of what the answers say (`Residual`: the odd part of the inferred shift) that loses the fewest
+             nats, drawn towards 0 as far as the users disagree about it:
+             trust * max(0, 1 - (standard error / trust)^2), so that noise is not trusted
+    even     with it, the factor of what shots say whichever way they were answered
     spread   how far users depart from what is then predicted, in directions in which users of the training differ, as
              what the answers of one user have in common says: that of the most evidence, in log-odds
     scale    how much sharper one user is than the mean over users that a prediction is: with it the average over the
@@ -56,6 +58,7 @@ NOTHING = 1e-3  # log-odds, below which nothing is predicted
 GAP = 1e-3  # of a factor, between which slopes of the loss are taken
 
 Apart = str | Bool[np.ndarray, " items"]  # what shots and questions do not share (`episode_indices`)
+Factor = float | Float[np.ndarray, " 2"]  # of the odd and the even part of a shift
 
 
 class Judging(NamedTuple):
@@ -162,6 +165,7 @@ class Trust(NamedTuple):
 
     shots: Float[np.ndarray, " knots"]
     trust: Float[np.ndarray, " knots"]
+    even: Float[np.ndarray, " knots"]
     scale: Float[np.ndarray, " knots"]
     spread: Float[np.ndarray, " knots"]
     most: Float[np.ndarray, ""]
@@ -171,7 +175,7 @@ def trusted(
     model: Residual, items: Item, notes: dict[str, Any], rows: Rows, near: Judging,
     away: tuple[Residual, Judging] | None = None, *, dependent: bool = False,
 ) -> Residual:  # fmt: skip
-    """Learn trust, scale, spread and most for shots of responses that training knows and (by `away`, a model and
+    """Learn trust, even, scale, spread and most for shots of responses that training knows and (by `away`, a model and
     judges) of others.
 
     `rows` are those of all users of the training, with what the population says of them, out of fold, as `offset`.
@@ -195,20 +199,20 @@ def _judged(
 ) -> Trust:
     """What the users of `judging` bear out at each number of shots, and what `everyone` leaves open without any."""
     knots = jnp.tile(jnp.asarray(KNOTS, jnp.float32), (2, 1))
-    open_ended = model.replace(shots=knots, trust=jnp.ones_like(knots), scale=jnp.ones_like(knots),
-                               spread=jnp.zeros_like(knots), most=jnp.full(2, 1e6))  # fmt: skip
+    one, zero = jnp.ones_like(knots), jnp.zeros_like(knots)
+    open_ended = model.replace(shots=knots, trust=one, even=one, scale=one, spread=zero, most=jnp.full(2, 1e6))
     rows, asked = judging
     told = disjoint if dependent else lambda found: found
     usual = left_open(_of_nobody(open_ended, items, everyone, dependent), 0.0)
     own = spread_of(told(_shown(open_ended, items, judging, 0, least=0)), 0.0, usual[1])
 
-    def bear_out(found: Asked) -> tuple[float, float, float]:
-        """Trust, scale and spread. Held-out users tell what share of what they differ by themselves is left open."""
+    def bear_out(found: Asked) -> tuple[float, float, float, float]:
+        """Trust, even, scale, spread. Held-out users tell what share of what they differ by themselves is left open."""
         factor, found = borne_out(found), told(found)
         spread = usual[1] * min(1.0, spread_of(found, factor, usual[1]) / max(own, np.exp(NO_SPREAD)))
-        return factor, scale_of(found, factor, spread), spread
+        return float(factor[0]), float(factor[1]), scale_of(found, factor, spread), spread
 
-    learned = [(0.0, *usual)]
+    learned = [(0.0, 0.0, *usual)]
     enough_for, with_one = 0, 1
     for count in KNOTS[1:-1]:
         found = _shown(open_ended, items, judging, count, least=count)
@@ -227,22 +231,22 @@ def _judged(
         shown = {name: _shown(open_ended.replace(most=jnp.full(2, cap)), items, judging, many, least=SHOTS + 1)
                  for name, cap in arms.items()}  # fmt: skip
         if len(np.unique(shown["all"].rows.user)) >= min(ENOUGH, with_one / 4):
-            nats = {name: validation_nats(part.offset + borne_out(part) * part.shift, np.zeros(1), part.rows)
+            nats = {name: validation_nats(predicted(part, borne_out(part)), np.zeros(1), part.rows)
                     for name, part in shown.items()}  # fmt: skip
             best = min(nats, key=nats.__getitem__)
             at_all, most, last = bear_out(shown[best]), arms[best], max(last, shown_of_many)
             notes["validation_nll_of_shots"] = {str(name): value for name, value in nats.items()}
-    trust, scale, spread = np.array([*learned, at_all]).T
-    for name, values in (("trust", trust), ("scale", scale), ("spread", spread)):
+    trust, even, scale, spread = np.array([*learned, at_all]).T
+    for name, values in (("trust", trust), ("even", even), ("scale", scale), ("spread", spread)):
         notes[name] = {str(k): float(v) for k, v in zip((*KNOTS[:-1], "all"), values, strict=True)}
-    return Trust(np.asarray([*KNOTS[:-1], last]), trust, scale, spread, np.asarray(most))
+    return Trust(np.asarray([*KNOTS[:-1], last]), trust, even, scale, spread, np.asarray(most))
 
 
 class Asked(NamedTuple):
-    """Comparisons that users are asked about: the shift that shots make, log-odds without it, whose draw it is, and how
-    users of the training differ about it."""
+    """Comparisons that users are asked about: the odd and the even part of the shift that shots make, log-odds without
+    them, whose draw it is, and how users of the training differ about it."""
 
-    shift: Float[np.ndarray, " asked"]
+    shift: Float[np.ndarray, "asked 2"]
     offset: Float[np.ndarray, " asked"]
     rows: Rows
     unit: Int[np.ndarray, " asked"]
@@ -268,9 +272,15 @@ def _shown(model: Residual, items: Item, judging: Judging, count: int, *, least:
     # The shift alone is asked for; of what is left open, which is much work, one direction is computed, which is 0.
     alone = model.replace(weights=jax.tree.map(jnp.zeros_like, model.weights), others=take(model.others, slice(1)))
     asked_flat = picked.replace(offset=np.zeros_like(picked.offset))  # shots keep theirs, which are out of fold
-    shift, _ = adapt_and_predict(alone, prior_table(alone), items, take(rows, support[support >= 0]), units[0],
-                                 asked_flat, units[1])  # fmt: skip
-    return Asked(shift, np.asarray(picked.offset, float), picked, units[1], differences(model, items, picked))
+    odd, even = jnp.ones_like(alone.trust), jnp.zeros_like(alone.trust)
+    shift = [
+        adapt_and_predict(part, prior_table(part), items, take(rows, support[support >= 0]), units[0], asked_flat,
+                          units[1])[0]
+        for part in (alone.replace(trust=odd, even=even), alone.replace(trust=even, even=odd))
+    ]  # fmt: skip
+    return Asked(
+        np.stack(shift, axis=1), np.asarray(picked.offset, float), picked, units[1], differences(model, items, picked)
+    )
 
 
 def disjoint(found: Asked) -> Asked:
@@ -305,7 +315,7 @@ def _of_nobody(model: Residual, items: Item, rows: Rows, dependent: bool = False
         chosen = apart if sum(map(len, apart)) >= 2 * len(apart) else chosen
     place = np.concatenate([np.zeros(0, int), *chosen])
     picked = take(rows, place)
-    return Asked(np.zeros(len(place)), np.asarray(picked.offset, float), picked, user[place],
+    return Asked(np.zeros((len(place), 2)), np.asarray(picked.offset, float), picked, user[place],
                  differences(model, items, picked))  # fmt: skip
 
 
@@ -324,17 +334,30 @@ def _rewards_apart(model: Residual, items: Item, index: Int[Array, " items"]) ->
     return jax.lax.map(lambda one: model.left_open(user, at(items, one)), index, batch_size=1024)
 
 
-def borne_out(found: Asked, most: float = 4.0) -> float:
+def predicted(found: Asked, factor: Factor) -> Float[np.ndarray, " asked"]:
+    """Log-odds with a factor of each part of the shift, or one of both."""
+    return found.offset + found.shift @ np.broadcast_to(factor, 2)
+
+
+def borne_out(found: Asked) -> Float[np.ndarray, " 2"]:
+    """The factors of the parts of a shift that users bear out: of the odd part, then of the even part beside it."""
+    factor = np.zeros(2)
+    for part in (0, 1):
+        factor[part] = _borne_out(found.rows, predicted(found, factor), found.shift[:, part])
+    return factor
+
+
+def _borne_out(rows: Rows, offset: np.ndarray, shift: np.ndarray, most: float = 4.0) -> float:
     """The factor in [0, most] of a shift that users bear out.
 
     The one that loses the fewest nats, times the positive part of 1 - (standard error / factor)^2 (the garrote of
     Breiman 1995): 0 where other users might as well bear out nothing. The error is that of the loss's slope over users.
     """
-    users, own = np.unique(found.rows.user, return_inverse=True)
-    weight, target = np.asarray(found.rows.weight, float), np.asarray(found.rows.target, float)
+    users, own = np.unique(rows.user, return_inverse=True)
+    weight, target = np.asarray(rows.weight, float), np.asarray(rows.target, float)
 
     def nats(factor: float) -> Float[np.ndarray, " users"]:
-        logits = found.offset + factor * found.shift
+        logits = offset + factor * shift
         lost = target * np.logaddexp(0, -logits) + (1 - target) * np.logaddexp(0, logits)
         return np.bincount(own, weight * lost, len(users))
 
@@ -347,14 +370,14 @@ def borne_out(found: Asked, most: float = 4.0) -> float:
     return float(best.x * max(0.0, 1 - (error / best.x) ** 2))
 
 
-def left_open(found: Asked, factor: float, usual: float = 1.0) -> tuple[float, float]:
+def left_open(found: Asked, factor: Factor, usual: float = 1.0) -> tuple[float, float]:
     """Scale of what is predicted (`scale_of`), and spread of users about it (`spread_of`)."""
     spread = spread_of(found, factor, usual)
     return scale_of(found, factor, spread), spread
 
 
-def spread_of(found: Asked, factor: float, usual: float = 1.0) -> float:
-    """The spread of users, about a prediction with this factor, that has the most evidence, with a scale of its own.
+def spread_of(found: Asked, factor: Factor, usual: float = 1.0) -> float:
+    """The spread of users, about a prediction with these factors, that has the most evidence, with a scale of its own.
 
     What is predicted is the mean of a Gaussian process over a user's answers, whose kernel says how users of the
     training differ, and each draw is a user. Next to nothing is open where the answers say so, nothing where users of
@@ -372,8 +395,7 @@ def spread_of(found: Asked, factor: float, usual: float = 1.0) -> float:
     for line, draw in zip(lines, chosen, strict=False):
         own = np.flatnonzero(unit == draw)  # a draw asks no more
         line[: len(own)] = own
-    predicted = (found.offset + factor * found.shift).astype(np.float32)
-    rows = padded(found.rows.replace(offset=predicted), lines)
+    rows = padded(found.rows.replace(offset=predicted(found, factor).astype(np.float32)), lines)
     apart = found.apart[np.maximum(lines, 0)].astype(np.float32)
     kernel, repeats = np.einsum("uiv,ujv->uij", apart, apart), len(chosen) / len(np.unique(user[chosen]))
     lost = partial(_lost, kernel, rows, repeats, max(usual, np.exp(NO_SPREAD)))
@@ -382,7 +404,7 @@ def spread_of(found: Asked, factor: float, usual: float = 1.0) -> float:
     return float(np.exp(best.x[1]))
 
 
-def scale_of(found: Asked, factor: float, spread: float) -> float:
+def scale_of(found: Asked, factor: Factor, spread: float) -> float:
     """How much sharper one user is than the mean over users that is predicted: 1 where nothing is open.
 
     With this scale the average over what is open says what was predicted, as nearly as one scale for all comparisons
@@ -391,15 +413,15 @@ def scale_of(found: Asked, factor: float, spread: float) -> float:
     """
     if not len(found.unit):
         return 1.0
-    predicted = found.offset + factor * found.shift
+    mean = predicted(found, factor)
     variance = spread**2 * np.einsum("rv,rv->r", found.apart, found.apart)
-    if np.abs(predicted).max() < NOTHING:  # any scale keeps that: what it is where little is predicted
+    if np.abs(mean).max() < NOTHING:  # any scale keeps that: what it is where little is predicted
         flatter = 1 / np.sqrt(1 + np.pi * variance / 8)
         return float(flatter.mean() / (flatter**2).mean())
-    meant = found.rows.replace(target=expit(predicted))
+    meant = found.rows.replace(target=expit(mean))
 
     def nats(log_scale: float) -> float:
-        return validation_nats(np.exp(log_scale) * predicted, variance, meant)
+        return validation_nats(np.exp(log_scale) * mean, variance, meant)
 
     scaled: Any = minimize_scalar(nats, bounds=(0.0, np.log(10.0)), method="bounded")
     return float(np.exp(scaled.x))
@@ -453,8 +475,8 @@ def prior_table(model: Residual, *, users: int = 0, communities: int = 0) -> Use
     """The table of a residual, everyone at the prior user."""
     table = Users.init(model, users=users, communities=communities)
     zero = jnp.zeros_like(table.user_root)
-    nothing = {"trust": model.trust[0, 0], "scale": model.scale[0, 0], "spread": model.spread[0, 0]}
-    population = {"state": model.prior, **nothing}
+    nothing = {name: getattr(model, name)[0, 0] for name in ("trust", "even", "scale", "spread")}
+    population = {"state": model.prior, "reversed": model.prior, **nothing}
     return table.replace(population=population, user_root=zero, community_root=zero)
 
 

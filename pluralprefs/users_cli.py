@@ -91,21 +91,28 @@ def ask(
     if person.ids:
         say(f"{user}: goes on after {_counted(person)}")
     say(KEYS)
-    asked = 0
+    asked, earlier = 0, False  # whether what was said before this session may be taken back
     while asked < n:
         question = _question(person, table, rule)
-        if question is None:
+        if question is None and _last(person, table) is None:
             say("nothing is left to ask")
             break
         answer = _answer(question)
         if answer == "q":
             break
-        moved = _undone(person, table) if answer == "u" else person.update(_judged(question, answer))
-        if moved is None:
-            say("nothing to undo")
-            continue
+        if answer == "u" or question is None:
+            last = _last(person, table)
+            if last is None:
+                say("nothing to undo")
+                continue
+            if not (asked or earlier):
+                earlier = True
+                say(f"{last}\n  was said before this session: [u] again to take it back")
+                continue
+            moved, asked = person.undo(), max(asked - 1, 0)
+        else:
+            moved, asked = person.update(_judged(question, answer)), asked + 1
         moved.save(user)
-        asked += -1 if answer == "u" and asked else answer != "u"
         _show(loaded, person, moved)
         person = moved
     if not user.exists():
@@ -163,19 +170,24 @@ def _question(person: AdaptedUser, table: pl.DataFrame, rule: str) -> pl.DataFra
     return found if found.height else None
 
 
-def _answer(question: pl.DataFrame) -> str:
-    """Show a pair and read what is said of it; the end of the input is a quit."""
-    row = question.row(0, named=True)
-    say(f"\n{_text(row['prompt'])}\n  1  {_text(row['first'])}\n  2  {_text(row['second'])}")
+def _answer(question: pl.DataFrame | None) -> str:
+    """Show a pair, where one is left, and read what is said of it; the end of the input is a quit."""
+    say("nothing is left to ask: [u] undo  [q] quit" if question is None else f"\n{_shown(question)}")
+    known = () if question is None else ANSWERS
     while True:
         typer.echo("> ", nl=False)
         line = sys.stdin.readline()
         said = line.strip().lower()
         if not line or said == "q":
             return "q"
-        if said in ANSWERS or said == "u":
+        if said in known or said == "u":
             return said
         say(KEYS)
+
+
+def _shown(pair: pl.DataFrame) -> str:
+    row = pair.row(0, named=True)
+    return f"{_text(row['prompt'])}\n  1  {_text(row['first'])}\n  2  {_text(row['second'])}"
 
 
 def _text(value: Any) -> str:
@@ -191,11 +203,14 @@ def _judged(question: pl.DataFrame, answer: str) -> pl.DataFrame:
     return question.with_columns(target=pl.lit(target), tie=pl.lit(tie), weight=pl.lit(weight))
 
 
-def _undone(person: AdaptedUser, table: pl.DataFrame) -> AdaptedUser | None:
-    """The user before the last answer, None where the last comparison is none of the pool."""
+def _last(person: AdaptedUser, table: pl.DataFrame) -> str | None:
+    """The pair of the user's last comparison, None where there is none or it is none of the pool."""
+    import polars as pl
+
     from pluralprefs.adapted import pair_ids
 
-    return person.undo() if person.pairs and person.pairs[-1] in pair_ids(table) else None
+    there = table.filter(pl.Series(pair_ids(table), dtype=pl.Utf8) == (person.pairs or ("",))[-1])
+    return _shown(there) if there.height else None
 
 
 def _counted(person: AdaptedUser) -> str:

@@ -32,6 +32,7 @@ def residual() -> Residual:
     others = jax.tree.map(lambda x: x[None] + jax.random.normal(KEY, (5, *x.shape)), prior)
     return model.replace(weights=jnp.asarray([0.5, -1.0]), prior=prior, others=others, most=jnp.asarray([4.0, 3.0]),
                          trust=jnp.asarray([[0.0, 0.4, 0.8], [0.0, 0.1, 0.2]]),
+                         even=jnp.asarray([[0.0, 0.2, 0.3], [0.0, 0.1, 0.2]]),
                          scale=jnp.asarray([[1.1, 1.2, 1.4], [1.1, 1.3, 1.5]]),
                          spread=jnp.asarray([[0.9, 0.5, 0.3], [0.9, 0.8, 0.7]]))  # fmt: skip
 

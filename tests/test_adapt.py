@@ -13,7 +13,7 @@ from families import FAMILIES, arrays, items, pick, rows
 from scipy.optimize import minimize
 from threadpoolctl import threadpool_info, threadpool_limits
 
-from pluralprefs.adapt import laplace_user, predict, solve_items, solve_many, solve_rows
+from pluralprefs.adapt import laplace_user, mode_user, predict, solve_items, solve_many, solve_rows
 from pluralprefs.adapting import predict_seen
 from pluralprefs.blas import one_blas_thread
 from pluralprefs.fitting import CERTAIN, Fitted, _at_most, buckets, fit_strength, initial_root, solve_level, take
@@ -22,7 +22,7 @@ from pluralprefs.models.ideal_point import IdealPoint
 from pluralprefs.newton import AWAY, Judgements, newton, newton_by_coordinates
 from pluralprefs.pooling import fit_pooled, half_fits, population_by_newton, residual_variance, shared_variance
 from pluralprefs.types import Item
-from pluralprefs.users import Pooled, Users, apply_root, part_names, ravel
+from pluralprefs.users import Peers, Pooled, Users, apply_root, part_names, ravel
 
 
 def linear(dim):
@@ -95,6 +95,16 @@ def test_no_rows_at_all_give_the_prior():
         none = jax.tree.map(lambda leaf: leaf[:0], rows(pick(x, slice(0, 2)), pick(x, slice(2, 4)), [1.0, 0.0]))
         found = laplace_user(model, none, Users.init(model, users=0, communities=0))
         np.testing.assert_allclose(ravel(found.mean)[0], 0.0, atol=1e-6)
+
+
+def test_a_map_is_at_the_mode_however_many_comparisons_there_are():
+    model, table, support, x, root = problem(8, 60)
+    mode, _ = dense(x, np.asarray(support.target, np.float64), root)
+    found = mode_user(model, support, table)
+    assert found.covariance is None
+    np.testing.assert_allclose(ravel(found.mean)[0], mode, atol=2e-4)
+    among = table.replace(peers=Peers.empty(model, 3))  # a mode knows one Gaussian prior, that of the table
+    np.testing.assert_allclose(ravel(mode_user(model, support, among).mean)[0], mode, atol=2e-4)
 
 
 @pytest.mark.parametrize(("dim", "n"), [(3, 12), (12, 3)], ids=["primal", "dual"])

@@ -213,8 +213,16 @@ def test_a_residual_is_the_population_plus_the_shift_as_far_as_it_is_trusted():
     assert float(model.log_odds(nothing, a, b)) == pytest.approx(1.1 * base, rel=1e-4)
     found = infer(support)  # four shots, and trust is known for up to two
     assert float(found["trust"]) == pytest.approx(0.8)
-    shift = float(model.family.log_odds(model.family.infer_user(support).mean, a, b)) - at_prior
-    assert float(model.log_odds(found, a, b)) == pytest.approx(1.4 * (base + 0.8 * shift), rel=1e-4)
+    said, reverse = (
+        float(model.family.log_odds(model.family.infer_user(shots).mean, a, b)) - at_prior
+        for shots in (support, support.replace(target=1 - support.target))
+    )
+    assert abs(said + reverse) > 0.01  # this family is not odd
+    shift = 0.8 * (said - reverse) / 2 + 0.3 * (said + reverse) / 2
+    assert float(model.log_odds(found, a, b)) == pytest.approx(1.4 * (base + shift), rel=1e-4)
+    flipped = infer(support.replace(target=1 - support.target))
+    both = float(model.log_odds(found, a, b) + model.log_odds(flipped, a, b)) / 2
+    assert both == pytest.approx(1.4 * (base + 0.3 * (said + reverse) / 2), rel=1e-4)
     one = infer(support.replace(weight=jnp.asarray([1.0, 0, 0, 0])))
     assert float(one["trust"]) == pytest.approx(0.4)
     half = infer(support.replace(weight=jnp.asarray([0.5, 0, 0, 0])))
@@ -291,7 +299,7 @@ def asked_of(users, per_user, spread, scale=1.0, shift=0.0, seed=0):
     truth = scale * (known + shift * moved) + (own * (E[first] - E[second])).sum(1)
     target = draw.random(len(unit)) < 1 / (1 + np.exp(-truth))
     table = jax.tree.map(np.asarray, rows(first, second, target)).replace(user=unit.astype(np.int32))
-    return Asked(moved, known, table, unit, E[first] - E[second])
+    return Asked(np.stack([moved, 0 * moved], axis=1), known, table, unit, E[first] - E[second])
 
 
 def test_the_spread_of_users_about_what_is_predicted_is_recovered():
@@ -314,7 +322,7 @@ def test_a_user_is_sharper_than_the_mean_over_users_by_what_is_open(spread):
     """The average over users says what was predicted: quadrature in place of the formula for a mean of logistics."""
     asked = asked_of(50, 20, spread=0.0, shift=0.5)
     scale = scale_of(asked, 0.5, spread)
-    predicted = asked.offset + 0.5 * asked.shift
+    predicted = asked.offset + 0.5 * asked.shift[:, 0]
     width = spread * np.sqrt((asked.apart**2).sum(1))
     nodes, masses = np.polynomial.hermite_e.hermegauss(60)
 
@@ -350,7 +358,7 @@ def test_pairs_of_the_same_votes_do_not_say_that_users_differ():
         trusted(model, many, {}, table, near, dependent=dependent).spread[0, 0] for dependent in (False, True)
     )
     assert float(as_votes) < 0.5 < 2.0 < float(as_answers)
-    asked = Asked(np.zeros(len(user)), np.zeros(len(user)), table, user, np.zeros((len(user), 1)))
+    asked = Asked(np.zeros((len(user), 2)), np.zeros(len(user)), table, user, np.zeros((len(user), 1)))
     alone = disjoint(asked)
     for one in range(120):
         own = alone.unit == one
@@ -431,12 +439,24 @@ def test_the_slope_of_the_evidence_is_that_of_its_differences():
 
 def test_a_shift_is_trusted_less_the_less_sure_users_make_of_it():
     sure = borne_out(asked_of(200, 30, spread=0.0, shift=0.8))
-    assert sure == pytest.approx(0.8, rel=0.1)
-    noise = [borne_out(asked_of(20, 5, spread=0.0, seed=seed)) for seed in range(30)]
+    assert sure == pytest.approx([0.8, 0.0], rel=0.1)
+    noise = [borne_out(asked_of(20, 5, spread=0.0, seed=seed))[0] for seed in range(30)]
     assert np.mean(np.array(noise) == 0) > 0.7  # the best factor is above 0 in half of them
-    few = [borne_out(asked_of(40, 5, spread=0.0, shift=0.8, seed=seed)) for seed in range(20)]
+    few = [borne_out(asked_of(40, 5, spread=0.0, shift=0.8, seed=seed))[0] for seed in range(20)]
     assert 0.6 < np.mean(few) < 0.9
-    assert borne_out(asked_of(1, 30, spread=0.0, shift=0.8)) == 0.0  # one user says nothing of others
+    assert not borne_out(asked_of(1, 30, spread=0.0, shift=0.8)).any()  # one user says nothing of others
+
+
+def test_what_shots_say_whichever_way_they_were_answered_is_trusted_apart():
+    asked = asked_of(200, 30, spread=0.0, shift=0.8)
+    moved, noise = asked.shift[:, 0], np.random.default_rng(9).normal(size=len(asked.unit))
+    for shift, expected in (((moved, noise), [0.8, 0.0]), ((noise, moved), [0.0, 0.8]),
+                            ((0.5 * moved, 0.4 * moved + noise), [1.6, 0.0])):  # fmt: skip
+        asked = asked._replace(shift=np.stack(shift, axis=1))
+        assert borne_out(asked) == pytest.approx(expected, abs=0.12)
+    half = asked._replace(shift=np.stack([moved, noise + moved], axis=1))
+    odd, even = borne_out(half._replace(shift=half.shift * [0.0, 1.0]))
+    assert (odd, even) == (0.0, pytest.approx(0.4, rel=0.2))  # noise halves what is to be trusted
 
 
 def test_what_shots_say_is_not_trusted_where_it_says_nothing(monkeypatch):

@@ -82,7 +82,10 @@ def test_a_session_asks_saves_skips_undoes_and_goes_on(run, tmp_path):
         weight=pl.lit(1.0), target=pl.col("example_id").replace_strict(answers, return_dtype=pl.Float64)
     )
     np.testing.assert_allclose(state(again), state(run.adapt(judged, prior="population")), atol=1e-6)
-    undone = call(*arguments, said="u\n" * 6 + "q\n")
+    undone = call(*arguments, said="u\nq\n")
+    assert "was said before this session: [u] again" in undone.output
+    assert len(run.load_user(file).ids) == 5  # one key takes back nothing that was there before
+    undone = call(*arguments, said="u\n" * 7 + "q\n")
     assert "nothing to undo" in undone.output
     assert run.load_user(file).ids == ()
 
@@ -132,6 +135,10 @@ def test_a_session_ends_with_its_pool_and_shows_what_moved(run, tmp_path):
     assert "linear x " in done.output
     assert "gain " in done.output
     assert "(was +0.00, +-" in done.output
+    again = call("ask", "RUN", "--pool", pool, "--user", tmp_path / "u.safetensors", said="1\nu\nu\n2\n")
+    assert again.output.count("nothing is left to ask: [u] undo") == 3  # an answer says nothing there
+    assert sorted(run.load_user(tmp_path / "u.safetensors").rows.target.tolist()) == [0.0, 1.0]
+    pool.write_text("", "utf8")
     assert call("ask", "RUN", "--pool", pool, "--user", tmp_path / "u.safetensors", said="").output.count(">") == 0
 
 

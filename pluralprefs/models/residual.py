@@ -1,13 +1,16 @@
 """A population, and on top of it what shots say of a user: the form in which inferred users are fitted and scored.
 
-    l(u) = scale(n) {l_0 + trust(n) [f(u) - f(prior)]} + spread(n) unit sum_v z_v [f(v) - mean f] / sqrt(V)
+    l(u) = scale(n) {l_0 + trust(n) odd + even(n) even} + spread(n) unit sum_v z_v [f(v) - mean f] / sqrt(V)
+    odd = [f(u) - f(u')] / 2        even = [f(u) + f(u')] / 2 - f(prior)
 
 l_0 are the log-odds of a population (`population` at its state `weights`), f those of a family that infers its users
-(`family`), prior the user that it infers from no shots, n the number of shots whose weight is not 0. Without shots the
-log-odds are the population's, times `scale`. `trust` is how much of the shift validation users bore out at `shots` many
-shots, interpolated in log(1 + n), so that a user who has shown something is not served worse than one who has shown
-nothing. A weight of more than `most` together, the most that validation users bore out, counts as `most`, unless these
-users said that it copes (`trust` decides).
+(`family`), u the user that it infers from n shots (of a weight above 0), u' from the same shots with their labels
+reversed, prior from none. Without shots the log-odds are the population's, times `scale`. The odd part is what the
+answers say, and reverses with them; the even part is what the shots say whichever way they were answered: a correction
+of the population, where it is not noise. `trust` and `even` are how much of each held-out users bore out at
+`shots` many shots, interpolated in log(1 + n), so that a user who has shown something is not served worse than one who
+has shown nothing. Weights of more than `most` together, the most that held-out users bore out, count as
+`most`, unless these users said that it copes (`trust.py` decides).
 
 What shots leave open of a user is another mixture of V users v of the training, whose rewards differ as people do here
 (z_v ~ N(0, 1)): the mean user has none of it, and `spread` is how much there is of it, in log-odds, `unit` one over how
@@ -37,7 +40,8 @@ OTHERS = 32  # users of the training, among whom a new one may be
 
 @pytree
 class Residual(Replaceable):
-    """See the module. The user state is the family's ("state"), and trust, scale and spread at its number of shots."""
+    """See the module. The user state is the family's ("state"), that of the reversed shots ("reversed"), and trust,
+    even, scale and spread at its number of shots."""
 
     population: Any
     weights: Any
@@ -45,6 +49,7 @@ class Residual(Replaceable):
     prior: Any
     shots: Float[Array, "2 knots"]
     trust: Float[Array, "2 knots"]
+    even: Float[Array, "2 knots"]
     scale: Float[Array, "2 knots"]
     spread: Float[Array, "2 knots"]
     most: Float[Array, 2]
@@ -58,12 +63,12 @@ class Residual(Replaceable):
         zero, one = jnp.zeros_like(shots), jnp.ones_like(shots)
         prior = family.init_user()
         others = jax.tree.map(lambda x: jnp.repeat(x[None], OTHERS, axis=0), prior)
-        return cls(population, population.init_user(), family, prior, shots, zero, one, zero, jnp.zeros(2), others,
-                   jnp.ones(()))  # fmt: skip
+        return cls(population, population.init_user(), family, prior, shots, zero, zero, one, zero, jnp.zeros(2),
+                   others, jnp.ones(()))  # fmt: skip
 
     def init_user(self) -> dict[str, Any]:
-        return {"state": self.family.init_user(), "trust": jnp.zeros(()), "scale": jnp.ones(()),
-                "spread": jnp.zeros(())}  # fmt: skip
+        zero, state = jnp.zeros(()), self.family.init_user()
+        return {"state": state, "reversed": state, "trust": zero, "even": zero, "scale": jnp.ones(()), "spread": zero}
 
     def infer_user(self, support: Comparisons[Item]) -> UserPosterior:
         """The family's user of these shots, and what is to be made of it; the prior, without trust, of no shots.
@@ -77,18 +82,20 @@ class Residual(Replaceable):
         total, most = jnp.sum(kinds, axis=1, keepdims=True), jnp.maximum(self.most[:, None], 1e-6)
         weight = jnp.sum(kinds * most / jnp.maximum(total, most), axis=0)
         offset = jax.vmap(partial(self.population.log_odds, self.weights))(support.first, support.second)
-        found = self.family.infer_user(support.replace(offset=support.offset + offset, weight=weight))
+        shots = support.replace(offset=support.offset + offset, weight=weight)
+        own, other = (self.family.infer_user(shots.replace(target=said)) for said in (shots.target, 1 - shots.target))
         share = jnp.where(count > 0, jnp.sum(kinds > 0, axis=1) / jnp.maximum(count, 1), jnp.array([1.0, 0.0]))
 
         def at(values: Float[Array, "2 knots"]) -> Float[Array, ""]:
             return share @ jax.vmap(partial(jnp.interp, jnp.log1p(count)))(jnp.log1p(self.shots), values)
 
-        learned = {"trust": at(self.trust), "scale": at(self.scale), "spread": at(self.spread)}
-        return UserPosterior({"state": found.mean, **learned})
+        learned = {"trust": at(self.trust), "even": at(self.even), "scale": at(self.scale), "spread": at(self.spread)}
+        return UserPosterior({"state": own.mean, "reversed": other.mean, **learned})
 
     def reward(self, user: dict[str, Any], item: Item) -> Float[Array, ""]:
-        shift = self.family.reward(user["state"], item) - self.family.reward(self.prior, item)
-        return user["scale"] * (self.population.reward(self.weights, item) + user["trust"] * shift)
+        own, other, prior = (self.family.reward(u, item) for u in (user["state"], user["reversed"], self.prior))
+        shift = user["trust"] * (own - other) / 2 + user["even"] * ((own + other) / 2 - prior)
+        return user["scale"] * (self.population.reward(self.weights, item) + shift)
 
     def left_open(self, user: dict[str, Any], item: Item) -> Float[Array, " others"]:
         rewards = jax.vmap(self.family.reward, (0, None))(self.others, item)
