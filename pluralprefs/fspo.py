@@ -33,12 +33,12 @@ from jaxtyping import Array, Float
 from pluralprefs.data.episodes import episode_indices
 from pluralprefs.encoders.in_context import LogProbability, completions, encode_pairs, reference_log_probabilities
 from pluralprefs.fitting import Rows, take
+from pluralprefs.judging import held_out
 from pluralprefs.likelihoods import IPO, Logistic, pooled_mean
 from pluralprefs.models.implicit import ImplicitReward
 from pluralprefs.prompted import Policy
 from pluralprefs.train import LossFn, Metrics, comparison_loss, init_state, make_train_step, train
 from pluralprefs.training import inverse_temperature
-from pluralprefs.trust import held_out
 from pluralprefs.types import Key, Params, Reduction, Tokens
 from pluralprefs.windows import Corpus, Drawn, Windows
 

@@ -32,12 +32,14 @@ from pluralprefs.adapting import adapt_units
 from pluralprefs.data.episodes import episode_epoch, episode_indices
 from pluralprefs.fitting import Fitted, Rows, gathered, padded, row_log_odds, strangers, take
 from pluralprefs.hosts import everywhere
+from pluralprefs.judging import SHOTS, Apart, Judging, far_judges, held_out, judges
 from pluralprefs.models.residual import OTHERS, Residual
 from pluralprefs.models.variational import Variational, active_units
 from pluralprefs.pooling import Base, folds_by
+from pluralprefs.spread import differences
 from pluralprefs.train import episode_loss, episode_nats, init_state, make_epoch_step, make_train_step
 from pluralprefs.training import Report, Training, staying
-from pluralprefs.trust import SHOTS, Apart, Judging, differences, far_judges, held_out, judges, prior_table, trusted
+from pluralprefs.trust import prior_table, trusted
 from pluralprefs.types import Episode, Item, Params, Reduction
 from pluralprefs.users import Pooled
 

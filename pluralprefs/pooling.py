@@ -7,7 +7,6 @@ gradient fit found (`training`), once on all rows and once per fold.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -20,6 +19,7 @@ from scipy.optimize import minimize_scalar
 
 from pluralprefs.adapt import neutral_size
 from pluralprefs.adapting import adapt_and_predict, predict_seen
+from pluralprefs.data.ids import stable_hash
 from pluralprefs.fitting import (
     Fitted,
     Moments,
@@ -62,15 +62,15 @@ def folds_by(kind: str, rows: Rows, count: int) -> list[Fold]:
     first, second = np.asarray(rows.first), np.asarray(rows.second)
     if kind == "pair":
         low, high = np.minimum(first, second), np.maximum(first, second)
-        label = np.array([_hash(f"{a}|{b}") % count for a, b in zip(low, high, strict=True)])
+        label = np.array([stable_hash(f"{a}|{b}") % count for a, b in zip(low, high, strict=True)])
         return [Fold(label == k, label != k) for k in range(count) if (label == k).any()]
     if kind == "prompt":
-        label = np.array([_hash(f"prompt|{c}") % count for c in np.asarray(rows.community)])
+        label = np.array([stable_hash(f"prompt|{c}") % count for c in np.asarray(rows.community)])
         return [Fold(label == k, label != k) for k in range(count) if (label == k).any() and (label != k).any()]
     if kind != "item":
         raise ValueError(f"cross_fit is 'pair', 'item', 'prompt' or None, not {kind!r}")
-    a = np.array([_hash(f"item|{i}") % count for i in first])
-    b = np.array([_hash(f"item|{i}") % count for i in second])
+    a = np.array([stable_hash(f"item|{i}") % count for i in first])
+    b = np.array([stable_hash(f"item|{i}") % count for i in second])
     low, high = np.minimum(a, b), np.maximum(a, b)
     found = []
     for i in range(count):
@@ -86,13 +86,11 @@ def prompt_parts(prompts: Sequence[str], count: int) -> list[np.ndarray]:
 
     Prompts are dealt out in the order of a hash, so that no part is empty while there are prompts enough.
     """
-    place = {name: i % count for i, name in enumerate(sorted(set(prompts), key=lambda name: _hash(f"prompt|{name}")))}
+    place = {
+        name: i % count for i, name in enumerate(sorted(set(prompts), key=lambda name: stable_hash(f"prompt|{name}")))
+    }
     label = np.array([place[name] for name in prompts], int)
     return [label == part for part in range(min(count, len(place)))]
-
-
-def _hash(text: str) -> int:
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
 
 
 def fit_pooled(
@@ -246,7 +244,7 @@ def _users_and_scale(
 def half_fits(base: Base, fitted: Fitted) -> list[Fitted]:
     """The fit with shared parameters from either half of the users, the rest unchanged; empty where they are few."""
     user = np.asarray(fitted.rows.user)
-    side = np.array([_hash(f"half|{u}") % 2 for u in user])
+    side = np.array([stable_hash(f"half|{u}") % 2 for u in user])
     if len(np.unique(user[user >= 0])) < 4 or len(np.unique(side[user >= 0])) < 2:
         return []
     found = []
@@ -269,7 +267,7 @@ def shared_variance(halves: Sequence[Fitted], items: Item, *, most: int = 500) -
     user = np.asarray(rows.user)
     known = np.unique(user[user >= 0])
     pairs = zip(user, np.asarray(rows.first), np.asarray(rows.second), strict=True)
-    even = np.array([_hash(f"row|{u}|{first}|{second}") % 2 == 0 for u, first, second in pairs])
+    even = np.array([stable_hash(f"row|{u}|{first}|{second}") % 2 == 0 for u, first, second in pairs])
     chosen = np.isin(user, known[np.linspace(0, len(known) - 1, min(most, len(known))).astype(int)])
     given, asked = (np.flatnonzero(chosen & half) for half in (even, ~even))
     if not len(asked):

@@ -23,8 +23,9 @@ FLOORS = [
     "fitting",
     "adapting",  # lazily, adapting and pooling may import each other
     "pooling peers",
-    "training evaluate adapted windows",
-    "trust prompted backbone",
+    "training evaluate adapted windows judging",
+    "spread prompted backbone",
+    "trust",
     "inferring",
     "communities asking choosing user_shards fspo adapters",
     "profiles",

@@ -21,6 +21,7 @@ from pluralprefs.data.episodes import episode_indices
 from pluralprefs.data.files import DataError
 from pluralprefs.fitting import padded, take
 from pluralprefs.inferring import _table, fit_inferred, settled
+from pluralprefs.judging import FEWEST, Judging, far_items, far_judges, held_out, judges
 from pluralprefs.launch import fit
 from pluralprefs.likelihoods import Logistic, pooled_mean
 from pluralprefs.models.low_rank import LowRank
@@ -30,24 +31,8 @@ from pluralprefs.models.variational import active_units
 from pluralprefs.pooling import validation_nats
 from pluralprefs.registry.files import RegistryError, load_arrays
 from pluralprefs.run import load
-from pluralprefs.trust import (
-    FEWEST,
-    KNOTS,
-    Asked,
-    Judging,
-    borne_out,
-    differences,
-    disjoint,
-    far_items,
-    far_judges,
-    held_out,
-    judges,
-    left_open,
-    lost_evidence,
-    prior_table,
-    scale_of,
-    trusted,
-)
+from pluralprefs.spread import Asked, differences, disjoint, left_open, lost_evidence, scale_of
+from pluralprefs.trust import KNOTS, borne_out, prior_table, trusted
 from pluralprefs.users import Pooled, Users
 from pluralprefs.users_cli import _show
 
@@ -461,7 +446,7 @@ def test_what_shots_say_whichever_way_they_were_answered_is_trusted_apart():
 
 def test_what_shots_say_is_not_trusted_where_it_says_nothing(monkeypatch):
     """Coins for labels: a family that was not trained has no shift that validation users bear out."""
-    monkeypatch.setattr("pluralprefs.trust.MOST_DRAWS", 16)  # what is left open is not asked about here
+    monkeypatch.setattr("pluralprefs.spread.MOST_DRAWS", 16)  # what is left open is not asked about here
     draw = np.random.default_rng(0)
     count = 60 * 40
     first = draw.integers(0, 6, count).astype(np.int32)
@@ -509,7 +494,7 @@ def test_what_shots_leave_open_is_a_share_of_what_all_users_differ_by():
 
 
 def test_a_number_of_shots_that_few_have_is_trusted_as_the_number_before_it(monkeypatch):
-    monkeypatch.setattr("pluralprefs.trust.MOST_DRAWS", 16)  # what is left open is not asked about here
+    monkeypatch.setattr("pluralprefs.spread.MOST_DRAWS", 16)  # what is left open is not asked about here
     draw = np.random.default_rng(0)
     user = np.append(np.repeat(np.arange(200), 5), np.repeat([200, 201], 60)).astype(np.int32)
     first = draw.integers(0, 6, len(user)).astype(np.int32)
