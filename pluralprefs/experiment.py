@@ -64,7 +64,7 @@ class Experiment:
     backbone     how the encoder is trained beside the family, before all else; None leaves it frozen
     attributes   source of `Item.attributes` (`AttributeSource`), with `fit` where training items teach it
     unlabelled   returns responses that nobody judged, which teach a family what it learns from items alone
-    features   keywords of `Features.fit`: columns appended to the embedding (log length, a kernel)
+    features   keywords of `Features.fit`: principal components, columns appended (log length, a kernel)
     shots, draws   the shot curve of unseen users; `support` returns published draws instead of drawing
     controls   predict for the wrong user and with reversed labels too
     transform  changes each training batch: `transform(batch, key, step, steps=...)`, such as `train.attribute_dropout`

@@ -121,8 +121,9 @@ def why_not(run: Run, *, drop_item_effects: bool = False) -> str | None:
         how = f"{encoder.pooling} pooling" + (" and normalised embeddings" if encoder.normalise else "")
         return f"its encoder has {how}; fit with --set encoder.pooling=last --set encoder.normalise=false"
     if run.maps is not None:
-        extra = " and a kernel's features" if run.maps.anchors is not None else ""
-        return f"it reads the length of a text{extra} beside the hidden state; fit with --set features={{}}"
+        read = {"length_mean": "the length of a text", "anchors": "a kernel's features", "components": "components"}
+        extra = " and ".join(what for name, what in read.items() if getattr(run.maps, name) is not None)
+        return f"it reads {extra} beside the hidden state or in its place; fit with --set features={{}}"
     if isinstance(model, BradleyTerry):
         if model.mlp is not None:
             return "its MLP is not linear in the hidden state"

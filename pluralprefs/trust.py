@@ -2,10 +2,10 @@
 
 Held-out users show shots and are asked about other comparisons of theirs (`judging`). At each number of shots
 
-    trust    the factor of what the answers say (`Residual`: the odd part of the inferred shift) that loses the fewest
-             nats, drawn towards 0 as far as the users disagree about it:
-             trust * max(0, 1 - (standard error / trust)^2), so that noise is not trusted
-    even     with it, the factor of what shots say whichever way they were answered
+    trust    the factor of what the answers say (`Residual`: the odd part of the inferred shift), and
+    even     that of what the shots say whichever way they were answered, at most as large: those that lose the fewest
+             nats, drawn towards 0 as far as the users disagree about them, times
+             max(0, 1 - (standard error / factor)^2), so that noise is not trusted (`borne_out`)
     spread   how far users depart from what is then predicted, and
     scale    how much sharper one user is than that (`spread`)
 
@@ -24,7 +24,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
-from scipy.optimize import minimize_scalar
+from scipy.optimize import minimize, minimize_scalar
+from scipy.special import expit
 
 from pluralprefs.adapting import adapt_and_predict
 from pluralprefs.data.episodes import episode_indices
@@ -49,6 +50,7 @@ from pluralprefs.users import Users
 KNOTS = (0, 1, 2, 4, 8, 16, 32, 64)  # numbers of shots at which trust is learned; the last stands for all there are
 MANY = 512  # shots that are tried where users have more than an episode shows
 DRAWS = 5  # of shots for each held-out user
+MOST = 4.0  # factor of a shift
 GAP = 1e-3  # of a factor, between which slopes of the loss are taken
 
 
@@ -165,15 +167,28 @@ def _shown(model: Residual, items: Item, judging: Judging, count: int, *, least:
 
 
 def borne_out(found: Asked) -> Float[np.ndarray, " 2"]:
-    """The factors of the parts of a shift that users bear out: of the odd part, then of the even part beside it."""
-    factor = np.zeros(2)
-    for part in (0, 1):
-        factor[part] = _borne_out(found.rows, predicted(found, factor), found.shift[:, part])
-    return factor
+    """The factors of the odd and of the even part of a shift that users bear out.
+
+    Those that lose the fewest nats, then drawn to 0 together. The even part has at most the factor of the odd one: all
+    lies between the shift that a family infers, both parts alike, and its odd part alone, which is the mean of that
+    shift and of minus the one that reversed labels would make. Where answers say nothing, a correction that is the same
+    for all would be the luck of those few who judge.
+    """
+    rows, parts = found.rows, np.stack([found.shift.sum(1), found.shift[:, 0]], axis=1)
+    weight, target = np.asarray(rows.weight, float), np.asarray(rows.target, float)
+
+    def nats(factor: np.ndarray) -> tuple[float, np.ndarray]:
+        logits = found.offset + parts @ factor
+        lost = target * np.logaddexp(0, -logits) + (1 - target) * np.logaddexp(0, logits)
+        return float(weight @ lost), (weight * (expit(logits) - target)) @ parts
+
+    both, odd = minimize(nats, np.full(2, 0.1), jac=True, method="L-BFGS-B", bounds=[(0.0, MOST)] * 2).x
+    factor = np.array([both + odd, both])
+    return factor * _borne_out(rows, found.offset, found.shift @ factor)
 
 
-def _borne_out(rows: Rows, offset: np.ndarray, shift: np.ndarray, most: float = 4.0) -> float:
-    """The factor in [0, most] of a shift that users bear out.
+def _borne_out(rows: Rows, offset: np.ndarray, shift: np.ndarray) -> float:
+    """The factor in [0, `MOST`] of a shift that users bear out.
 
     The one that loses the fewest nats, times the positive part of 1 - (standard error / factor)^2 (the garrote of
     Breiman 1995): 0 where other users might as well bear out nothing. The error is that of the loss's slope over users.
@@ -186,7 +201,7 @@ def _borne_out(rows: Rows, offset: np.ndarray, shift: np.ndarray, most: float = 
         lost = target * np.logaddexp(0, -logits) + (1 - target) * np.logaddexp(0, logits)
         return np.bincount(own, weight * lost, len(users))
 
-    best: Any = minimize_scalar(lambda factor: nats(factor).sum(), bounds=(0.0, most), method="bounded")
+    best: Any = minimize_scalar(lambda factor: nats(factor).sum(), bounds=(0.0, MOST), method="bounded")
     if len(users) < FEWEST or best.fun >= nats(0.0).sum():
         return 0.0
     low, middle, high = (nats(best.x + step) for step in (-GAP, 0.0, GAP))

@@ -1,4 +1,8 @@
-"""Columns appended to encoded items, fitted on the items of the training rows: log length and a kernel's features.
+"""Feature maps of encoded items, fitted on the items of the training rows: principal components in place of the
+embedding, and columns appended to it, log length and a kernel's features.
+
+Leading principal components are for few responses: directions in which those of training hardly differ have a weight
+each, of which comparisons say next to nothing, and responses that nobody has judged differ in them too.
 
 Nystrom features z(x) = k(x, Z) k(Z, Z)^(-1/2) of the radial basis function k(x, z) = exp(-|x - z|^2 / (2 length^2))
 turn any family that is linear in its embedding into a Gaussian process: a Gaussian prior on the weights of z(x) is
@@ -25,7 +29,7 @@ from pluralprefs.types import Item
 class Features:
     """Feature maps of one run.
 
-    `length_mean` and `length_scale` standardise log(1 + characters) of the text.
+    `length_mean` and `length_scale` standardise log(1 + characters) of the text; `components` has a direction a row.
     """
 
     length_mean: Float[Array, ""] | None
@@ -33,6 +37,7 @@ class Features:
     anchors: Float[Array, "anchors dim"] | None
     whiten: Float[Array, "anchors anchors"] | None
     width: Float[Array, ""] | None
+    components: Float[Array, "components dim"] | None = None
 
     @classmethod
     def fit(
@@ -43,12 +48,19 @@ class Features:
         log_length: bool = True,
         anchors: int = 0,
         width: float = 1.0,
+        components: int = 0,
     ) -> Self:
         """Fit on training items: `length` in characters, `width` in units of the median distance between items.
 
+        `components` leading principal directions stand for the embedding (0: it stays; no more than there are).
         Anchors are chosen by farthest-point sampling, which is deterministic and spreads over the data.
         """
-        mean = scale = points = whiten = spread = None
+        mean = scale = points = whiten = spread = directions = None
+        if components:
+            apart = np.asarray(embedding, np.float64) - np.asarray(embedding, np.float64).mean(0)
+            directions = np.linalg.svd(apart, full_matrices=False)[2][:components].astype(np.float32)
+            embedding = np.asarray(embedding, np.float32) @ directions.T
+            directions = jnp.asarray(directions)
         if log_length:
             logs = np.log1p(np.asarray(length, np.float64))
             mean, scale = jnp.float32(logs.mean()), jnp.float32(logs.std() or 1.0)
@@ -59,7 +71,7 @@ class Features:
             values, vectors = np.linalg.eigh(_rbf(points, points, spread))
             whiten = jnp.asarray((vectors / np.sqrt(np.maximum(values, 1e-6))) @ vectors.T, jnp.float32)
             points, spread = jnp.asarray(points, jnp.float32), jnp.float32(spread)
-        return cls(mean, scale, points, whiten, spread)
+        return cls(mean, scale, points, whiten, spread, directions)
 
     @classmethod
     def restore(cls, arrays: Mapping[str, np.ndarray]) -> Self:
@@ -74,8 +86,10 @@ class Features:
     def __call__(
         self, embedding: Float[np.ndarray, "items dim"], length: Float[np.ndarray, " items"]
     ) -> Float[np.ndarray, "items columns"]:
-        """Append the fitted columns, [items, dim + ...]; works through the items in blocks."""
+        """Project, and append the fitted columns, [items, dim + ...]; works through the items in blocks."""
         columns = [np.asarray(embedding, np.float32)]
+        if self.components is not None:
+            columns = [columns[0] @ np.asarray(self.components).T]
         if self.length_mean is not None and self.length_scale is not None:
             # 0.3: an embedding of unit norm should not be drowned by one column
             z = (np.log1p(np.asarray(length, np.float32)) - float(self.length_mean)) / float(self.length_scale)
@@ -86,7 +100,7 @@ class Features:
         return np.concatenate(columns, axis=1)
 
     def parts(self, dim: int) -> dict[str, int]:
-        """Names and sizes of the columns of the result, for an embedding of `dim` columns."""
+        """Names and sizes of the columns of the result, for an embedding of `dim` columns (once projected)."""
         sizes = {"linear": dim + (self.length_mean is not None)}
         return sizes | ({} if self.anchors is None else {"kernel": len(self.anchors)})
 
