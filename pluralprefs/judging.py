@@ -1,8 +1,9 @@
 """Who judges what shots say: users whom a family has not seen, and which of their comparisons they show.
 
-A fifth of the training users is held out (`held_out`). Where responses are kept apart, those that these users are asked
-about are held out too (`judges`). What shots of responses that training does not know say is judged by users who show
-and are asked about whole groups of responses, from which another family was kept (`far_judges`).
+A fifth of the training users is held out, of few users a third (`held_out`). Where responses are kept apart, those that
+these users are asked about are held out too (`judges`). What shots of responses that training does not know say is
+judged by users who show and are asked about whole groups of responses, from which another family was kept
+(`far_judges`).
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ HELD_OUT, MOST_HELD = 20, 2000  # per cent of the training users, and the most o
 NEW_ITEMS = 30  # per cent of the items, where they are kept apart
 FAR = (20, 35)  # per cent of the rows, between which groups of responses are kept from the family
 ENOUGH = 20  # users who have shown a number of shots, to learn how far it is to be trusted
+FEW = 10  # users to judge by, below which they can take trust away, but add none
 FEWEST = 2  # users to judge by; where there are fewer nothing is trusted
 
 Apart = str | Bool[np.ndarray, " items"]  # what shots and questions do not share (`episode_indices`)
@@ -119,10 +121,15 @@ def _askable(judging: Judging) -> int:
 
 
 def held_out(known: np.ndarray) -> np.ndarray:
-    """Users to judge by: `HELD_OUT` per cent, but `MOST_HELD` at most, and `FEWEST` at least, as are left to train on;
-    else none."""
-    held = np.array([int(u) for u in known if stable_hash(f"held out|{u}") % 100 < HELD_OUT], int)
-    held = np.sort(np.random.default_rng(0).permutation(held)[:MOST_HELD])
-    if not FEWEST <= len(held) <= len(known) - FEWEST:
-        held = known[:FEWEST]
-    return held if len(known) >= 2 * FEWEST else known[:0]
+    """Users to judge by: `HELD_OUT` per cent, but `MOST_HELD` at most; of few users a third, up to `FEW`.
+
+    None where fewer than `FEWEST` would judge, or be left to train on.
+    """
+    if len(known) < 2 * FEWEST:
+        return known[:0]
+    place = np.array([stable_hash(f"held out|{u}") for u in known])
+    held = known[place % 100 < HELD_OUT]
+    least = max(FEWEST, min(FEW, len(known) // 3))
+    if not least <= len(held) <= len(known) - FEWEST:
+        held = known[np.argsort(place % 100, kind="stable")[:least]]
+    return np.sort(np.random.default_rng(0).permutation(held)[:MOST_HELD])

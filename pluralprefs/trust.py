@@ -30,7 +30,7 @@ from scipy.special import expit
 from pluralprefs.adapting import adapt_and_predict
 from pluralprefs.data.episodes import episode_indices
 from pluralprefs.fitting import Rows, take
-from pluralprefs.judging import ENOUGH, FEWEST, SHOTS, Judging
+from pluralprefs.judging import ENOUGH, FEW, SHOTS, Judging
 from pluralprefs.models.residual import Residual
 from pluralprefs.pooling import validation_nats
 from pluralprefs.spread import (
@@ -100,10 +100,17 @@ def _judged(
     usual = left_open(of_nobody(open_ended, items, everyone, dependent), 0.0)
     own = spread_of(told(_shown(open_ended, items, judging, 0, least=0)), 0.0, usual[1])
 
-    def bear_out(found: Asked) -> tuple[float, float, float, float]:
-        """Trust, even, scale, spread. Held-out users tell what share of what they differ by themselves is left open."""
-        factor, found = borne_out(found), told(found)
-        spread = usual[1] * min(1.0, spread_of(found, factor, usual[1]) / max(own, np.exp(NO_SPREAD)))
+    def bear_out(found: Asked, before: tuple[float, ...]) -> tuple[float, float, float, float]:
+        """Trust, even, scale, spread. Held-out users tell what share of what they differ by themselves is left open.
+
+        What they do not bear out for sure is trusted as the number of shots `before` it, if they lose nothing by that.
+        """
+        factor, users = borne_out(found), len(np.unique(found.rows.user))
+        if not factor.any() and _lost_by(found, np.array(before[:2])) < _lost_by(found, factor):
+            factor = np.array(before[:2])
+        found = told(found)
+        share = spread_of(found, factor, usual[1]) / max(own, np.exp(NO_SPREAD)) if users >= FEW else 1.0
+        spread = usual[1] * min(1.0, share)
         return float(factor[0]), float(factor[1]), scale_of(found, factor, spread), spread
 
     learned = [(0.0, 0.0, *usual)]
@@ -115,7 +122,7 @@ def _judged(
         if users < min(ENOUGH, with_one / 4):
             learned.append(learned[-1])
             continue
-        learned.append(bear_out(found))
+        learned.append(bear_out(found, learned[-1]))
         enough_for = count
     many = min(int(np.unique(np.asarray(rows.user), return_counts=True)[1].max()), MANY)
     shown_of_many = many * (0.75 if isinstance(asked, str) and asked == "pair" else 0.5)
@@ -125,10 +132,9 @@ def _judged(
         shown = {name: _shown(open_ended.replace(most=jnp.full(2, cap)), items, judging, many, least=SHOTS + 1)
                  for name, cap in arms.items()}  # fmt: skip
         if len(np.unique(shown["all"].rows.user)) >= min(ENOUGH, with_one / 4):
-            nats = {name: validation_nats(predicted(part, borne_out(part)), np.zeros(1), part.rows)
-                    for name, part in shown.items()}  # fmt: skip
+            nats = {name: _lost_by(part, borne_out(part)) for name, part in shown.items()}
             best = min(nats, key=nats.__getitem__)
-            at_all, most, last = bear_out(shown[best]), arms[best], max(last, shown_of_many)
+            at_all, most, last = bear_out(shown[best], learned[-1]), arms[best], max(last, shown_of_many)
             notes["validation_nll_of_shots"] = {str(name): value for name, value in nats.items()}
     trust, even, scale, spread = np.array([*learned, at_all]).T
     for name, values in (("trust", trust), ("even", even), ("scale", scale), ("spread", spread)):
@@ -166,6 +172,10 @@ def _shown(model: Residual, items: Item, judging: Judging, count: int, *, least:
     )
 
 
+def _lost_by(found: Asked, factor: np.ndarray) -> float:
+    return validation_nats(predicted(found, factor), np.zeros(1), found.rows)
+
+
 def borne_out(found: Asked) -> Float[np.ndarray, " 2"]:
     """The factors of the odd and of the even part of a shift that users bear out.
 
@@ -183,15 +193,16 @@ def borne_out(found: Asked) -> Float[np.ndarray, " 2"]:
         return float(weight @ lost), (weight * (expit(logits) - target)) @ parts
 
     both, odd = minimize(nats, np.full(2, 0.1), jac=True, method="L-BFGS-B", bounds=[(0.0, MOST)] * 2).x
-    factor = np.array([both + odd, both])
+    factor = np.array([both + odd, both]) / max(both + odd, 1e-12)
     return factor * _borne_out(rows, found.offset, found.shift @ factor)
 
 
 def _borne_out(rows: Rows, offset: np.ndarray, shift: np.ndarray) -> float:
-    """The factor in [0, `MOST`] of a shift that users bear out.
+    """The factor in [0, `MOST`] of a shift that users bear out; in [0, 1], as a family was trained, where they are few.
 
     The one that loses the fewest nats, times the positive part of 1 - (standard error / factor)^2 (the garrote of
-    Breiman 1995): 0 where other users might as well bear out nothing. The error is that of the loss's slope over users.
+    Breiman 1995): 0 where other users might as well bear out nothing. The error is that of the loss's slope over users,
+    with the variance of Student's t for their number; three users or fewer bear out nothing.
     """
     users, own = np.unique(rows.user, return_inverse=True)
     weight, target = np.asarray(rows.weight, float), np.asarray(rows.target, float)
@@ -201,13 +212,14 @@ def _borne_out(rows: Rows, offset: np.ndarray, shift: np.ndarray) -> float:
         lost = target * np.logaddexp(0, -logits) + (1 - target) * np.logaddexp(0, logits)
         return np.bincount(own, weight * lost, len(users))
 
-    best: Any = minimize_scalar(lambda factor: nats(factor).sum(), bounds=(0.0, MOST), method="bounded")
-    if len(users) < FEWEST or best.fun >= nats(0.0).sum():
+    bounds = (0.0, MOST if len(users) >= FEW else 1.0)
+    best: Any = minimize_scalar(lambda factor: nats(factor).sum(), bounds=bounds, method="bounded")
+    if len(users) <= 3 or best.fun >= nats(0.0).sum():
         return 0.0
     low, middle, high = (nats(best.x + step) for step in (-GAP, 0.0, GAP))
     bend = (high - 2 * middle + low).sum() / GAP**2
-    error = np.sqrt(len(users)) * ((high - low) / (2 * GAP)).std(ddof=1) / bend if bend > 0 else np.inf
-    return float(best.x * max(0.0, 1 - (error / best.x) ** 2))
+    squared = len(users) * ((high - low) / (2 * GAP)).var(ddof=1) * (len(users) - 1) / (len(users) - 3)
+    return float(best.x * max(0.0, 1 - squared / (bend * best.x) ** 2)) if bend > 0 else 0.0
 
 
 def prior_table(model: Residual, *, users: int = 0, communities: int = 0) -> Users:
