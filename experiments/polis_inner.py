@@ -31,10 +31,14 @@ from pluralprefs.results import results_table
 from pluralprefs.seeds import fit_seed
 
 CELLS = {"seen/testpair": (None,), "unseen/testpair": (0, 16, 32), "unseen/newprompt": (0, 32)}
-plain = replace(experiments["bradley_terry"], support=None, draws=2, shots=(0, 16, 32))
+leading = replace(experiments["bradley_terry"], support=None, draws=2, shots=(0, 16, 32))
+plain = replace(leading, features={})
 length = replace(plain, features={"log_length": True})
 VARIANTS: dict[str, Experiment] = {
     "plain": plain,
+    "leading": leading,
+    **{f"leading{n}": replace(leading, features={"log_length": False, "components": n}) for n in (64, 96, 256)},
+    "leading_length": replace(leading, features={"log_length": True, "components": 160}),
     "length": length,
     "tempered": replace(plain, users=replace(pooled, temper=(0.5,))),
     "length_tempered": replace(length, users=replace(pooled, temper=(0.5,))),

@@ -53,6 +53,11 @@ Seeds = Annotated[str | None, typer.Option("--seeds", help="Seeds, for example 0
 Vmap = Annotated[bool | None, typer.Option(help="Train all seeds in one program; as it is, on GPU and TPU only.")]
 
 
+UserColumn = Annotated[str, typer.Option(help="Column of user ids.")]
+CommunityColumn = Annotated[str, typer.Option(help="Column of communities.")]
+PromptColumn = Annotated[str, typer.Option(help="Column of prompts.")]
+
+
 @app.command(epilog="Example: pluralprefs train experiments/ukpconvarg1.py --only ideal_point --seeds 0,1,2")
 @plainly
 def train(
@@ -154,9 +159,9 @@ def fit(
     assignments: Set = None,
     seeds: Seeds = None,
     root: Root = RUNS,
-    user_column: Annotated[str, typer.Option(help="Column of user ids.")] = "user_id",
-    community_column: Annotated[str, typer.Option(help="Column of communities.")] = "community_id",
-    prompt_column: Annotated[str, typer.Option(help="Column of prompts.")] = "prompt",
+    user_column: UserColumn = "user_id",
+    community_column: CommunityColumn = "community_id",
+    prompt_column: PromptColumn = "prompt",
     save_users: Annotated[bool, typer.Option(help="Keep seen users' rows in the run, to score them later.")] = True,
     keep_ids: Annotated[bool, typer.Option("--keep-ids", help="Do not pseudonymise user ids.")] = False,
     wandb: Mirror = None,
@@ -218,7 +223,12 @@ def adapt(
     With --prior the file is of one user and keeps the encoded comparisons behind the state, no texts: `suggest` and
     `ask` need them. Without, it keeps states alone. States that were adapted with --communities are scored with them.
     """
+    from pluralprefs.data.files import DataError
+
     loaded = opened(run, root, seed, communities)
+    if not comparisons.is_file():
+        raise DataError(f"{comparisons}: no such file; check the path")
+    out.parent.mkdir(parents=True, exist_ok=True)
     empty = not comparisons.read_bytes().strip()
     if prior is not None:
         _one(loaded, comparisons, prior, method, user_id, empty).save(out)
@@ -315,12 +325,19 @@ app.command(
 @plainly
 def check(
     data: Annotated[Path, typer.Argument(help="Comparisons: .jsonl, .parquet or .csv.")],
+    user_column: UserColumn = "user_id",
+    community_column: CommunityColumn = "community_id",
+    prompt_column: PromptColumn = "prompt",
     debug: Debug = False,
 ) -> None:
     """Validate a file and say what is in it."""
-    from pluralprefs.data.comparisons import read_checked, summary
+    from pluralprefs.data.comparisons import SCHEMA, read_checked, summary
 
-    say(summary(*read_checked(data)))
+    found = read_checked(data, user=user_column, community=community_column, prompt=prompt_column)
+    say(summary(*found))
+    others = [name for name in found.table.columns if name not in SCHEMA and not name.startswith("attr:")]
+    if others and not found.table["user_id"].count():
+        warn(f"{data}: no row names its user; --user-column names the column that does: {', '.join(others)}?")
 
 
 def _one(loaded: Run, path: Path, prior: str, method: str, user_id: str, empty: bool) -> AdaptedUser:

@@ -127,9 +127,9 @@ def held_out(known: np.ndarray) -> np.ndarray:
     """
     if len(known) < 2 * FEWEST:
         return known[:0]
-    place = np.array([stable_hash(f"held out|{u}") for u in known])
-    held = known[place % 100 < HELD_OUT]
+    place = np.array([stable_hash(f"held out|{u}") % 100 for u in known])
+    held = known[place < HELD_OUT]
     least = max(FEWEST, min(FEW, len(known) // 3))
     if not least <= len(held) <= len(known) - FEWEST:
-        held = known[np.argsort(place % 100, kind="stable")[:least]]
+        held = known[np.argsort(place, kind="stable")[:least]]
     return np.sort(np.random.default_rng(0).permutation(held)[:MOST_HELD])

@@ -363,6 +363,7 @@ def fit(
     else:
         name, loader = Path(data).stem, partial(comparisons.read, str(data), community=community_column, **reading)
         table = loader()
+    _check_teaches(table, "table" if isinstance(data, pl.DataFrame) else str(data))
     parts = dict(FAMILIES[model])
     if encoder == "attributes":
         parts["features"] = {}
@@ -377,6 +378,17 @@ def fit(
     for assignment in overrides:
         experiment = override(experiment, assignment)
     return run(experiment, root=root, progress=progress, tell=tell, table=table)
+
+
+def _check_teaches(table: pl.DataFrame, name: str) -> None:
+    """Raise DataError where nothing can be learned from a table, before anything is encoded."""
+    if not (table["weight"] > 0).any():
+        raise comparisons.DataError(
+            f"{name}: column 'weight': all are 0; give what is to be learned from a weight above 0"
+        )
+    if table["fold"].count() and not (table["fold"] == "train").any():
+        raise comparisons.DataError(f"{name}: column 'fold': no row says train; name training rows train, or leave the "
+                                    "column out")  # fmt: skip
 
 
 def table_in_memory() -> pl.DataFrame:

@@ -179,22 +179,36 @@ def _lost_by(found: Asked, factor: np.ndarray) -> float:
 def borne_out(found: Asked) -> Float[np.ndarray, " 2"]:
     """The factors of the odd and of the even part of a shift that users bear out.
 
-    Those that lose the fewest nats, then drawn to 0 together. The even part has at most the factor of the odd one: all
-    lies between the shift that a family infers, both parts alike, and its odd part alone, which is the mean of that
-    shift and of minus the one that reversed labels would make. Where answers say nothing, a correction that is the same
-    for all would be the luck of those few who judge.
+    All lies between the odd part alone, which is the mean of the shift that a family infers and of minus the one that
+    reversed labels would make, and that shift itself, both parts alike. The odd part alone is departed from as far as
+    users bear that out; what is then there is drawn to 0 as a whole. Where answers say nothing, a correction that is
+    the same for all would be the luck of those few who judge.
     """
-    rows, parts = found.rows, np.stack([found.shift.sum(1), found.shift[:, 0]], axis=1)
-    weight, target = np.asarray(rows.weight, float), np.asarray(rows.target, float)
+    alone, best = np.array([_best(found, found.shift[:, :1])[0], 0.0]), _best_of_both(found)
+    share = _borne_out(found.rows, predicted(found, alone), found.shift @ (best - alone))
+    factor = alone + min(share, 1.0) * (best - alone)
+    if factor[0] <= 0:
+        return np.zeros(2)
+    factor = factor / factor[0]
+    return factor * _borne_out(found.rows, found.offset, found.shift @ factor)
+
+
+def _best_of_both(found: Asked) -> Float[np.ndarray, " 2"]:
+    both, odd = _best(found, np.stack([found.shift.sum(1), found.shift[:, 0]], axis=1))
+    return np.array([both + odd, both])
+
+
+def _best(found: Asked, shifts: Float[np.ndarray, "asked shifts"]) -> Float[np.ndarray, " shifts"]:
+    """The factors in [0, `MOST`] that lose the fewest nats."""
+    weight, target = np.asarray(found.rows.weight, float), np.asarray(found.rows.target, float)
 
     def nats(factor: np.ndarray) -> tuple[float, np.ndarray]:
-        logits = found.offset + parts @ factor
+        logits = found.offset + shifts @ factor
         lost = target * np.logaddexp(0, -logits) + (1 - target) * np.logaddexp(0, logits)
-        return float(weight @ lost), (weight * (expit(logits) - target)) @ parts
+        return float(weight @ lost), (weight * (expit(logits) - target)) @ shifts
 
-    both, odd = minimize(nats, np.full(2, 0.1), jac=True, method="L-BFGS-B", bounds=[(0.0, MOST)] * 2).x
-    factor = np.array([both + odd, both]) / max(both + odd, 1e-12)
-    return factor * _borne_out(rows, found.offset, found.shift @ factor)
+    begin = np.full(shifts.shape[1], 0.1)
+    return minimize(nats, begin, jac=True, method="L-BFGS-B", bounds=[(0.0, MOST)] * len(begin)).x
 
 
 def _borne_out(rows: Rows, offset: np.ndarray, shift: np.ndarray) -> float:

@@ -27,6 +27,7 @@ Prior = Annotated[
 ANSWERS = {"1": (1.0, False), "2": (0.0, False), "t": (0.5, True), "s": (0.5, False)}
 KEYS = "[1] first  [2] second  [t] tie  [s] skip  [u] undo  [q] quit"
 SHOWN = 5  # coordinates that moved most
+INNER = ("reversed", "trust", "even", "scale", "spread")  # of a user who is inferred, what is no part of a profile
 
 
 def _person(loaded: Run, user: Path | None, prior: str | None) -> AdaptedUser:
@@ -111,7 +112,7 @@ def ask(
                 continue
             moved, asked = person.undo(), max(asked - 1, 0)
         else:
-            moved, asked = person.update(_judged(question, answer)), asked + 1
+            moved, asked, earlier = person.update(_judged(question, answer)), asked + 1, False
         moved.save(user)
         _show(loaded, person, moved)
         person = moved
@@ -248,14 +249,15 @@ def _profile(loaded: Run, *states: AdaptedUser) -> tuple[list[str], tuple[np.nda
         return rows[1]["attribute"].to_list(), (rows[0]["mean"].to_numpy(), rows[1]["mean"].to_numpy()), half
     source = loaded.encoder if loaded.attributes is None else loaded.attributes
     columns, parts = getattr(source, "names", ()), part_names(after.posterior.mean)
+    own = [i for i, part in enumerate(parts) if part.split(".")[0] not in INNER]
     names = []
-    for i, part in enumerate(parts):
-        place = i - parts.index(part)
-        own = columns[place] if parts.count(part) == len(columns) else str(place + 1)
-        names.append(part if parts.count(part) == 1 else f"{part} {own}".strip())
-    old, new = (np.asarray(ravel(state.posterior.mean)[0]) for state in (before, after))
+    for i in own:
+        part, place = parts[i], i - parts.index(parts[i])
+        column = columns[place] if parts.count(part) == len(columns) else str(place + 1)
+        names.append(part if parts.count(part) == 1 else f"{part} {column}".strip())
+    old, new = (np.asarray(ravel(state.posterior.mean)[0])[own] for state in (before, after))
     spread = np.full(len(new), np.nan)
     if after.posterior.covariance is not None:
         root, downdate = (np.asarray(factor) ** 2 for factor in jax.tree.leaves(after.posterior.covariance))
-        spread = np.maximum((root if root.ndim == 1 else root.sum(1)) - downdate.sum(0), 0.0)
+        spread = np.maximum((root if root.ndim == 1 else root.sum(1)) - downdate.sum(0), 0.0)[own]
     return names, (old, new), np.sqrt(spread)

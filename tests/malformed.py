@@ -63,6 +63,17 @@ def without(name: str) -> dict:
 
 
 MALFORMED = [
+    bad(
+        "an attribute beyond all scores is refused",
+        GOOD | {"attr:x:first": 1e38, "attr:x:second": 0.0},
+        says=("row 1", "'attr:x:first'", "too large"),
+    ),
+    bad(
+        "words mixed with numbers are named both",
+        GOOD | {"target": "1"},
+        GOOD | {"target": "x"},
+        says=("row 2", "mixes 'x' with a number in row 1"),
+    ),
     Malformed("an empty file is refused", "data.jsonl", b"", says=("no comparisons",)),
     bad("blank lines alone are refused", "", "  ", says=("no comparisons",)),
     bad("a missing response column is refused", without("second"), says=("'second'",)),

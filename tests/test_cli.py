@@ -114,6 +114,51 @@ def test_fit_refuses_a_malformed_file_in_one_line_and_leaves_nothing(case, tmp_p
     assert [file.name for file in tmp_path.iterdir()] == [path.name]
 
 
+@pytest.mark.parametrize(
+    ("column", "value", "says"), [("weight", 0, "column 'weight': all are 0"), ("fold", "test", "no row says train")]
+)
+def test_fit_refuses_what_teaches_nothing_before_it_encodes(column, value, says, tmp_path):
+    data = write(tmp_path / "data.jsonl", users=2, per_user=4, **{column: lambda _: value})
+    done = call("fit", data, "--encoder", "attributes", "--root", tmp_path / "runs")
+    assert done.exit_code == 2
+    assert done.stderr.startswith(f"pluralprefs: {data}: ")
+    assert says in done.stderr
+    assert not (tmp_path / "runs").exists()
+    assert call("data", "check", data).exit_code == 0  # such a file can be evaluated
+
+
+def test_a_file_can_be_checked_by_the_columns_that_fit_takes(tmp_path):
+    data = own_columns(tmp_path / "own.jsonl", users=3, per_user=5)
+    done = call("data", "check", data)
+    assert "--user-column names the column that does: annotator?" in done.stderr
+    assert "users        3;" in call("data", "check", data, "--user-column", "annotator").output
+
+
+def test_blank_ids_are_nobody(tmp_path):
+    data = write(tmp_path / "data.jsonl", users=2, per_user=4)
+    data.write_text(data.read_text("utf8").replace('"user 0"', '"  "'), "utf8")
+    assert "no user      4 rows" in call("data", "check", data).output
+
+
+def test_adapt_says_which_file_is_missing_and_makes_the_folder_of_its_result(fitted):
+    folder, run = fitted
+    done = call("adapt", run, "--comparisons", folder / "nothere.jsonl", "--out", folder / "x.safetensors")
+    assert (done.exit_code, "nothere.jsonl: no such file" in done.stderr) == (2, True)
+    new = write(folder / "some.jsonl", users=1, per_user=4, seed=2)
+    assert call("adapt", run, "--comparisons", new, "--out", folder / "deep" / "x.safetensors").exit_code == 0
+    assert (folder / "deep" / "x.safetensors").exists()
+
+
+def test_attributes_that_are_nothing_like_those_of_training_are_refused(fitted):
+    folder, run = fitted
+    path = write(folder / "far.jsonl", users=1, per_user=1, seed=2)
+    row = json.loads(path.read_text("utf8")) | {"first": "text of its own", "attr:x:first": 1e11}
+    path.write_text(json.dumps(row), "utf8")
+    done = call("adapt", run, "--comparisons", path, "--out", folder / "far.safetensors")
+    assert done.exit_code == 2
+    assert "column attr:x: 1e+11 of response" in done.stderr
+
+
 @pytest.mark.parametrize("case", READ)
 def test_fit_gives_a_defined_result_for_an_odd_file(case, tmp_path):
     encoder = Path(__file__).parent / "fixtures" / "bert" / "bert"

@@ -701,6 +701,7 @@ def test_an_inferred_user_is_asked_about_what_shots_leave_open(fitted, capsys):
     _show(run, user, shown)  # a state of which no uncertainty is stated
     printed = capsys.readouterr().out
     assert "(was " in printed
+    assert not any(word in printed for word in ("reversed", "trust", "spread"))  # nothing that the user is
     assert "+-" not in printed
     certain = replace(run, model=run.model.replace(spread=0 * run.model.spread), users=run.users.replace(
         population=run.users.population | {"spread": jnp.zeros(())}))  # fmt: skip

@@ -102,9 +102,13 @@ def _words_to_numbers(raw: pl.DataFrame, name: str) -> pl.DataFrame:
     targets = words.replace_strict(meaning, default=None, return_dtype=pl.Float64)
     wrong = (targets.is_null() & words.is_not_null()).arg_true()
     if len(wrong):
-        what = "mixes words and numbers:" if numbers.count() else "unknown word"
+        word, number = words.is_not_null() & numbers.is_null(), numbers.is_not_null()
+        row = int((word if numbers.count() else targets.is_null() & words.is_not_null()).arg_max() or 0)
+        what = f"unknown word {shown(raw['target'][row])}"
+        if numbers.count():
+            what = f"mixes {shown(raw['target'][row])} with a number in row {int(number.arg_max() or 0) + 1}"
         cure = "write P(first) in [0, 1], or first, second or tie throughout"
-        raise DataError(f"{name}: row {wrong[0] + 1}, column 'target': {what} {shown(raw['target'][wrong[0]])}; {cure}")
+        raise DataError(f"{name}: row {row + 1}, column 'target': {what}; {cure}")
     tie = raw["tie"] if "tie" in raw.columns else words.is_in(list(TIE)).fill_null(False)
     return raw.with_columns(targets.alias("target"), tie.alias("tie"))
 

@@ -39,6 +39,7 @@ PEOPLE = ("user_id", "annotator_id", "community_id")
 IDS = ("example_id", *PEOPLE, "prompt_id", "first_id", "second_id", "chosen_id", "rejected_id")
 NUMBERS = ("margin", "score_chosen", "score_rejected")  # carried along; numbers also where a file has them as text
 FOLDS = ("train", "validation", "test")
+LARGEST = 1e12  # of an attribute: squares of float32 end at 3e38
 
 
 class Checked(NamedTuple):
@@ -120,8 +121,12 @@ def _odd(value: object) -> bool:
 def as_column(values: pl.Series, dtype: pl.DataType | type[pl.DataType], name: str) -> pl.Series:
     """Cast a column of ids, numbers or booleans; raise DataError with the first row that cannot be cast.
 
-    Numbers written as text are numbers, empty text is null; numeric ids lose a `.0`.
+    Numbers written as text are numbers, empty or blank text is null; numeric ids lose a `.0`.
     """
+    if dtype == pl.Utf8 and values.dtype == pl.Utf8:
+        return (
+            values.to_frame().select(pl.when(pl.col(values.name).str.strip_chars() != "").then(values.name)).to_series()
+        )
     if dtype == pl.Utf8 and values.dtype.is_float():
         return pl.Series(values.name, [None if v is None else as_id(v) for v in values.to_list()], dtype=pl.Utf8)
     if values.dtype == pl.Utf8 and dtype != pl.Utf8:
@@ -154,6 +159,7 @@ def _check_values(table: pl.DataFrame, name: str) -> None:
         ("tie", pl.col("tie") & (target != 0.5), "stands beside a target that is not 0.5; correct one"),
         ("weight", ~(weight.is_finite() & (weight >= 0)), "is not a finite number >= 0; correct it"),
         *((c, ~pl.col(c).is_finite(), "is not finite; leave it empty") for c in ("strength", *attributes)),
+        *((c, pl.col(c).abs() > LARGEST, "is too large to be a score; correct it") for c in attributes),
         ("fold", ~pl.col("fold").is_in(FOLDS), f"is not one of {', '.join(FOLDS)}; rename it"),
     ]
     for column, wrong, message in rules:

@@ -26,6 +26,7 @@ from pluralprefs.encoders.weights import EncoderError, read_json
 from pluralprefs.types import Item
 
 PREFIX = "attr:"
+FARTHEST = 1e6  # standard deviations from the training items' mean
 
 
 @dataclass(frozen=True)
@@ -89,12 +90,19 @@ class AttributeEncoder:
         found = {column.removeprefix(PREFIX) for column in items.columns if column.startswith(PREFIX)}
         for name in self.names:
             if name not in found:
-                raise EncoderError(f"column {PREFIX}{name} is missing; the encoder was fitted with it")
+                raise EncoderError(f"column {PREFIX}{name} is missing, which the encoder was fitted with: give "
+                                   f"{PREFIX}{name}:first and {PREFIX}{name}:second, empty where unknown")  # fmt: skip
         unknown = sorted(found - {*self.names, *self.dropped})
         if unknown:
             raise EncoderError(f"column {PREFIX}{unknown[0]} is unknown; the encoder has {', '.join(self.names)}")
         values = _values(items, [PREFIX + name for name in self.names])
         features = (values - np.array([self.mean])) / np.array([self.std])
+        rows, places = np.nonzero(np.abs(features) > FARTHEST)
+        if len(rows):
+            wrong, item = PREFIX + self.names[places[0]], items.row(int(rows[0]), named=True)
+            where = f"column {wrong}: {item[wrong]:.3g} of response {item['item_id']!r}"
+            raise EncoderError(f"{where} is more than {FARTHEST:.0e} standard deviations from the mean of training; "
+                               "correct it, or leave it empty")  # fmt: skip
         embedding = np.nan_to_num(features, nan=0.0).astype(np.float32)
         return Item(embedding=embedding)  # pyright: ignore[reportArgumentType]
 
