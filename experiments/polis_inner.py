@@ -5,8 +5,16 @@ within its training rows (by statement, users and conversations too, by another 
 as experiments/polis.py would be, and the variants are compared, paired, with intervals over users. No row that the
 protocol tests on is read.
 Command: PLURALPREFS_DATA=... python experiments/polis_inner.py [--variants plain,length] [--splits 3] [--keep FOLDER]
-Result (2026-11-22, two splits): length minus plain +0.0009 nats [-0.0039, +0.0056] on seen/testpair, so that
-experiments/polis.py goes without; LOG.md has the rest.
+Result (2026-11-23, three splits): 160 leading components minus all 384 columns, nats and points of accuracy:
+
+    seen/testpair          -0.0216 [-0.0270, -0.0162], +2.1 [+1.1, +2.9]
+    unseen/testpair        -0.0235 [-0.0341, -0.0118], +1.0 [-1.7, +3.5] at 0 shots
+                           -0.0165 [-0.0261, -0.0059], +2.1 [+0.0, +4.2] at 32
+    unseen/newprompt       -0.0073 [-0.0153, +0.0009], +3.5 [+1.3, +5.7] at 0
+                           -0.0038 [-0.0131, +0.0057], +1.9 [+0.0, +3.9] at 32
+
+so experiments/polis.py has them. Of log length (2026-11-22, two splits, all columns): +0.0009 [-0.0039, +0.0056] on
+seen/testpair, so it goes without; LOG.md has the rest. Other numbers of components were not run to the end.
 """
 
 from __future__ import annotations

@@ -103,10 +103,11 @@ def _judged(
     def bear_out(found: Asked, before: tuple[float, ...]) -> tuple[float, float, float, float]:
         """Trust, even, scale, spread. Held-out users tell what share of what they differ by themselves is left open.
 
-        What they do not bear out for sure is trusted as the number of shots `before` it, if they lose nothing by that.
+        What is drawn to 0 because they are few, or disagree, is trusted as the number of shots `before` it where they
+        lose less by that: they have borne that out already.
         """
         factor, users = borne_out(found), len(np.unique(found.rows.user))
-        if not factor.any() and _lost_by(found, np.array(before[:2])) < _lost_by(found, factor):
+        if _lost_by(found, np.array(before[:2])) < _lost_by(found, factor):
             factor = np.array(before[:2])
         found = told(found)
         share = spread_of(found, factor, usual[1]) / max(own, np.exp(NO_SPREAD)) if users >= FEW else 1.0

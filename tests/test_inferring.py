@@ -506,6 +506,26 @@ def test_what_shots_leave_open_is_a_share_of_what_all_users_differ_by():
     assert notes["spread"]["all"] == pytest.approx(float(found.spread[0, -1]))
 
 
+@pytest.mark.parametrize("says", [True, False])
+def test_what_was_borne_out_by_fewer_shots_is_not_lost_with_more(says, monkeypatch):
+    """Judges who are few or disagree draw a factor to 0; that of fewer shots stays where they lose less by it."""
+    monkeypatch.setattr("pluralprefs.spread.MOST_DRAWS", 16)  # what is left open is not asked about here
+    drawn = iter([np.array([0.8, 0.0])])
+    monkeypatch.setattr("pluralprefs.trust.borne_out", lambda _: next(drawn, np.zeros(2)))
+    draw = np.random.default_rng(0)
+    user = np.repeat(np.arange(40), 20).astype(np.int32)
+    first = draw.integers(0, 6, len(user)).astype(np.int32)
+    second = ((first + draw.integers(1, 6, len(user))) % 6).astype(np.int32)
+    taste = np.asarray(draw.normal(size=(40, DIM)))[user] * 3
+    told = ((taste * (E[first] - E[second])).sum(1) > 0).astype(np.float32)
+    told = told if says else draw.integers(0, 2, len(user)).astype(np.float32)
+    table = jax.tree.map(np.asarray, rows(first, second, told)).replace(user=user)
+    model = Residual.init(population=LowRank.init(key=KEY, dim=DIM, rank=1), family=FAMILIES["fast_weights"](),
+                          knots=len(KNOTS))  # fmt: skip
+    found = trusted(settled(model, model.family, X, table), X, {}, table, Judging(table, "pair"))
+    np.testing.assert_allclose(found.trust[0, 2:], 0.8 if says else 0.0, rtol=1e-6)
+
+
 def test_a_number_of_shots_that_few_have_is_trusted_as_the_number_before_it(monkeypatch):
     monkeypatch.setattr("pluralprefs.spread.MOST_DRAWS", 16)  # what is left open is not asked about here
     draw = np.random.default_rng(0)
