@@ -4,8 +4,8 @@ Held-out users show shots and are asked about other comparisons of theirs (`judg
 
     trust    the factor of what the answers say (`Residual`: the odd part of the inferred shift), and
     even     that of what the shots say whichever way they were answered, at most as large: those that lose the fewest
-             nats, drawn towards 0 as far as the users disagree about them, times
-             max(0, 1 - (standard error / factor)^2), so that noise is not trusted (`borne_out`)
+             nats, drawn towards those of fewer shots, and at first to 0, as far as the users disagree about them: the
+             step is times max(0, 1 - (standard error / step)^2), so that noise is not trusted (`borne_out`)
     spread   how far users depart from what is then predicted, and
     scale    how much sharper one user is than that (`spread`)
 
@@ -51,6 +51,7 @@ KNOTS = (0, 1, 2, 4, 8, 16, 32, 64)  # numbers of shots at which trust is learne
 MANY = 512  # shots that are tried where users have more than an episode shows
 DRAWS = 5  # of shots for each held-out user
 MOST = 4.0  # factor of a shift
+NOTHING_SAID = np.zeros(2)
 GAP = 1e-3  # of a factor, between which slopes of the loss are taken
 
 
@@ -101,14 +102,8 @@ def _judged(
     own = spread_of(told(_shown(open_ended, items, judging, 0, least=0)), 0.0, usual[1])
 
     def bear_out(found: Asked, before: tuple[float, ...]) -> tuple[float, float, float, float]:
-        """Trust, even, scale, spread. Held-out users tell what share of what they differ by themselves is left open.
-
-        What is drawn to 0 because they are few, or disagree, is trusted as the number of shots `before` it where they
-        lose less by that: they have borne that out already.
-        """
-        factor, users = borne_out(found), len(np.unique(found.rows.user))
-        if _lost_by(found, np.array(before[:2])) < _lost_by(found, factor):
-            factor = np.array(before[:2])
+        """Trust, even, scale, spread. Held-out users tell what share of what they differ by themselves is left open."""
+        factor, users = borne_out(found, np.array(before[:2])), len(np.unique(found.rows.user))
         found = told(found)
         share = spread_of(found, factor, usual[1]) / max(own, np.exp(NO_SPREAD)) if users >= FEW else 1.0
         spread = usual[1] * min(1.0, share)
@@ -133,7 +128,8 @@ def _judged(
         shown = {name: _shown(open_ended.replace(most=jnp.full(2, cap)), items, judging, many, least=SHOTS + 1)
                  for name, cap in arms.items()}  # fmt: skip
         if len(np.unique(shown["all"].rows.user)) >= min(ENOUGH, with_one / 4):
-            nats = {name: _lost_by(part, borne_out(part)) for name, part in shown.items()}
+            fewer = np.array(learned[-1][:2])
+            nats = {name: _lost_by(part, borne_out(part, fewer)) for name, part in shown.items()}
             best = min(nats, key=nats.__getitem__)
             at_all, most, last = bear_out(shown[best], learned[-1]), arms[best], max(last, shown_of_many)
             notes["validation_nll_of_shots"] = {str(name): value for name, value in nats.items()}
@@ -177,21 +173,21 @@ def _lost_by(found: Asked, factor: np.ndarray) -> float:
     return validation_nats(predicted(found, factor), np.zeros(1), found.rows)
 
 
-def borne_out(found: Asked) -> Float[np.ndarray, " 2"]:
-    """The factors of the odd and of the even part of a shift that users bear out.
+def borne_out(found: Asked, before: Float[np.ndarray, " 2"] = NOTHING_SAID) -> Float[np.ndarray, " 2"]:
+    """The factors of the odd and of the even part of a shift that users bear out, who bore out `before` of fewer shots.
 
     All lies between the odd part alone, which is the mean of the shift that a family infers and of minus the one that
-    reversed labels would make, and that shift itself, both parts alike. The odd part alone is departed from as far as
-    users bear that out; what is then there is drawn to 0 as a whole. Where answers say nothing, a correction that is
-    the same for all would be the luck of those few who judge.
+    reversed labels would make, and that shift itself, both parts alike: where answers say nothing, a correction that is
+    the same for all would be the luck of those few who judge. The odd part alone is departed from, and then `before`,
+    as far as users bear that out. Few users make no factor larger than 1, as a family was trained.
     """
     alone, best = np.array([_best(found, found.shift[:, :1])[0], 0.0]), _best_of_both(found)
     share = _borne_out(found.rows, predicted(found, alone), found.shift @ (best - alone))
-    factor = alone + min(share, 1.0) * (best - alone)
-    if factor[0] <= 0:
-        return np.zeros(2)
-    factor = factor / factor[0]
-    return factor * _borne_out(found.rows, found.offset, found.shift @ factor)
+    factor = alone + share * (best - alone)
+    if len(np.unique(found.rows.user)) < FEW:
+        factor = factor / max(factor[0], 1.0)
+    step = factor - before
+    return before + _borne_out(found.rows, predicted(found, before), found.shift @ step) * step
 
 
 def _best_of_both(found: Asked) -> Float[np.ndarray, " 2"]:
@@ -213,9 +209,9 @@ def _best(found: Asked, shifts: Float[np.ndarray, "asked shifts"]) -> Float[np.n
 
 
 def _borne_out(rows: Rows, offset: np.ndarray, shift: np.ndarray) -> float:
-    """The factor in [0, `MOST`] of a shift that users bear out; in [0, 1], as a family was trained, where they are few.
+    """The share in [0, 1] of a shift that users bear out.
 
-    The one that loses the fewest nats, times the positive part of 1 - (standard error / factor)^2 (the garrote of
+    The factor that loses the fewest nats, times the positive part of 1 - (standard error / factor)^2 (the garrote of
     Breiman 1995): 0 where other users might as well bear out nothing. The error is that of the loss's slope over users,
     with the variance of Student's t for their number; three users or fewer bear out nothing.
     """
@@ -227,14 +223,13 @@ def _borne_out(rows: Rows, offset: np.ndarray, shift: np.ndarray) -> float:
         lost = target * np.logaddexp(0, -logits) + (1 - target) * np.logaddexp(0, logits)
         return np.bincount(own, weight * lost, len(users))
 
-    bounds = (0.0, MOST if len(users) >= FEW else 1.0)
-    best: Any = minimize_scalar(lambda factor: nats(factor).sum(), bounds=bounds, method="bounded")
+    best: Any = minimize_scalar(lambda factor: nats(factor).sum(), bounds=(0.0, MOST), method="bounded")
     if len(users) <= 3 or best.fun >= nats(0.0).sum():
         return 0.0
     low, middle, high = (nats(best.x + step) for step in (-GAP, 0.0, GAP))
     bend = (high - 2 * middle + low).sum() / GAP**2
     squared = len(users) * ((high - low) / (2 * GAP)).var(ddof=1) * (len(users) - 1) / (len(users) - 3)
-    return float(best.x * max(0.0, 1 - squared / (bend * best.x) ** 2)) if bend > 0 else 0.0
+    return float(min(best.x * max(0.0, 1 - squared / (bend * best.x) ** 2), 1.0)) if bend > 0 else 0.0
 
 
 def prior_table(model: Residual, *, users: int = 0, communities: int = 0) -> Users:
