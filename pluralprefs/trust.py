@@ -84,8 +84,13 @@ def trusted(
     if away is not None:
         notes["far"] = {}
         found.append(_judged(away[0], items, away[1], rows, notes["far"], dependent))
-    learned = {name: jnp.asarray(np.stack([getattr(part, name) for part in (found[0], found[-1])]), jnp.float32)
-               for name in Trust._fields}  # fmt: skip
+    both = {name: np.stack([getattr(part, name) for part in (found[0], found[-1])]) for name in Trust._fields}
+    for name in ("scale", "spread"):  # who is not trusted at all is a stranger still, to the last digit
+        both[name] = np.where((both["trust"] == 0) & (both["even"] == 0), both[name][0, 0], both[name])
+    for place, part in enumerate([notes] if away is None else [notes, notes["far"]]):
+        for name in ("trust", "even", "scale", "spread"):
+            part[name] = {str(k): float(v) for k, v in zip((*KNOTS[:-1], "all"), both[name][place], strict=True)}
+    learned = {name: jnp.asarray(values, jnp.float32) for name, values in both.items()}
     return model.replace(**learned | {"most": jnp.maximum(learned["most"], learned["most"][0])})
 
 
@@ -134,8 +139,6 @@ def _judged(
             at_all, most, last = bear_out(shown[best], learned[-1]), arms[best], max(last, shown_of_many)
             notes["validation_nll_of_shots"] = {str(name): value for name, value in nats.items()}
     trust, even, scale, spread = np.array([*learned, at_all]).T
-    for name, values in (("trust", trust), ("even", even), ("scale", scale), ("spread", spread)):
-        notes[name] = {str(k): float(v) for k, v in zip((*KNOTS[:-1], "all"), values, strict=True)}
     return Trust(np.asarray([*KNOTS[:-1], last]), trust, even, scale, spread, np.asarray(most))
 
 

@@ -479,6 +479,10 @@ def test_what_shots_say_is_not_trusted_where_it_says_nothing(monkeypatch):
     near_alone = trusted(model, X, notes, told.rows, told, (model, Judging(table, "pair")))
     assert float(near_alone.trust[0, -3:].min()) > 0.5
     assert float(near_alone.trust[1].max()) < 0.15
+    strangers = np.asarray((near_alone.trust == 0) & (near_alone.even == 0))
+    assert strangers[1].any()
+    for values in (near_alone.scale, near_alone.spread):  # shots that are not trusted change nothing at all
+        np.testing.assert_array_equal(np.asarray(values)[strangers], float(values[0, 0]))
     assert notes["far"]["trust"]["8"] == pytest.approx(float(near_alone.trust[1, 4]))
 
 
