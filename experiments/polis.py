@@ -26,8 +26,8 @@ LOG.md): seen/testpair 67.6 [66.3, 68.9]; 0.606, unseen/testpair 64.1; 0.625 at 
 69.0]; 0.614 at 16 and 66.3 [63.7, 69.1]; 0.613 at 32 (against its own 0 shots -0.012 nats [-0.021, -0.002]), which is
 67.4, 65.5 and never above zero-shot. In new conversations shots are not trusted, for held-out conversations did not
 bear them out: unseen/newprompt 66.6; 0.613 at 0 shots and 66.7 [63.7, 69.5]; 0.613 at 32.
-With the code of 2026-11-23, seed 0: 64.1; 0.629 at 0 shots, 67.2 [64.4, 69.9]; 0.612 at 16, 67.2 [64.5, 70.1]; 0.611 at
-32 (-0.018 [-0.033, -0.002]), seen users not measured again.
+With the code of 2026-11-23, seed 0: seen/testpair 68.6 [67.3, 69.8]; 0.601, unseen/testpair 64.1; 0.629 at 0 shots,
+67.2 [64.4, 69.9]; 0.612 at 16 and 67.2 [64.5, 70.1]; 0.611 at 32 (-0.018 [-0.033, -0.002]).
 The other families were not run on this set to the end.
 """
 
