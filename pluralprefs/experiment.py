@@ -390,7 +390,8 @@ def draw_model(experiment: Experiment, seed: int, sizes: Mapping[str, Any]) -> A
     model = experiment.model(key=key, **sizes)
     if not isinstance(model, InfersUser):
         return model
-    return Residual.init(population=BradleyTerry.init(key=key, **sizes), family=model, knots=len(KNOTS))
+    return Residual.init(population=BradleyTerry.init(key=key, **sizes), family=model, knots=len(KNOTS),
+                         dim=sizes["dim"])  # fmt: skip
 
 
 def data_sizes(features: Item, vocabulary: batches.Vocabulary, maps: Features | None) -> dict[str, Any]:
@@ -463,7 +464,7 @@ def _row_digests(table: pl.DataFrame) -> np.ndarray:
 def summary_line(fitted: Fitted) -> str:
     """What the fit decided, in one line."""
     if "spread" in fitted.notes:  # users are inferred
-        return f"users are inferred; before any shot they differ by {fitted.notes['spread']['0']:.2g} log-odds"
+        return f"users are inferred; before any shot they differ by {fitted.notes['spread']:.2g} log-odds"
     strength = fitted.notes.get("user_strength", {})
     spread = ", ".join(f"{name} {value:.2g}" for name, value in strength.items())
     return f"temper {fitted.notes.get('temper', 1.0):g}; prior spread of users: {spread or 'none'}"

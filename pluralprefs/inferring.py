@@ -30,21 +30,20 @@ from jaxtyping import Array, Float
 
 from pluralprefs.adapting import adapt_units
 from pluralprefs.data.episodes import episode_epoch, episode_indices
+from pluralprefs.directions import directed, ways
 from pluralprefs.fitting import Fitted, Rows, gathered, padded, row_log_odds, strangers, take
 from pluralprefs.hosts import everywhere
 from pluralprefs.judging import SHOTS, Apart, Judging, far_judges, held_out, judges
 from pluralprefs.models.residual import OTHERS, Residual
 from pluralprefs.models.variational import Variational, active_units
 from pluralprefs.pooling import Base, folds_by
-from pluralprefs.spread import differences
+from pluralprefs.spread import mixed
 from pluralprefs.train import episode_loss, episode_nats, init_state, make_epoch_step, make_train_step
 from pluralprefs.training import Report, Training, staying
 from pluralprefs.trust import prior_table, trusted
 from pluralprefs.types import Episode, Item, Params, Reduction
 from pluralprefs.users import Pooled
 
-ASKED = 2000  # rows by which it is known how much users of the training differ
-LEAST = 0.01  # of log-odds: users who differ less differ by chance
 UNITS = 3.0  # at most: of the family that serves, in those of the family that was judged
 
 
@@ -97,6 +96,9 @@ def fit_inferred(
         shown = take(judged, part)
         chosen, done = train(model.family, shown, epochs=epochs, held=near, notes=notes,
                              folder=checkpoints and checkpoints / "held-out")  # fmt: skip
+        model, dependent = settled(model, chosen, items, shown), pooled.cross_fit == "item"
+        differ = ways(model, items, shown)
+        notes["mix"] = mix = mixed(model, differ, items, judged, dependent)
         met = None if items.index is None else np.asarray(items.index) >= 0
         away = far_judges(judged, held, near, pooled, met)
         if away is not None:
@@ -105,14 +107,12 @@ def fit_inferred(
             far = far._replace(rows=far.rows.replace(offset=offset))
             others = take(judged, part)
             stranger, _ = train(model.family, others, epochs=done, folder=checkpoints and checkpoints / "far")
-            away = settled(model, stranger, items, others), far
-        model = trusted(settled(model, chosen, items, shown), items, notes, judged, near, away,
-                        dependent=pooled.cross_fit == "item")  # fmt: skip
+            stranger = settled(model, stranger, items, others)
+            away = directed(stranger, ways(stranger, items, others), mix), far
+        model = trusted(directed(model, differ, mix), items, notes, judged, near, away, dependent=dependent)
         family, _ = train(model.family, judged, epochs=done, folder=checkpoints and checkpoints / "all")
-        unit = model.unit
         model = settled(model, family, items, judged)
-        model = model.replace(unit=jnp.minimum(model.unit, UNITS * unit))  # what little users differ is not blown up
-        notes["unit"] = [float(unit), float(model.unit)]
+        model = directed(model, ways(model, items, judged, UNITS * differ.rewards.unit), mix)
     return _table(model, items, rows, pooled, users, communities, notes)
 
 
@@ -128,7 +128,7 @@ def out_of_fold(population: Base, items: Item, rows: Rows, pooled: Pooled) -> np
 
 def settled(model: Residual, family: Any, items: Item, rows: Rows) -> Residual:
     """The residual with a trained family, the prior user that it infers from no shots, and some of the users of `rows`,
-    each from as many shots as an episode has, in a unit in which these differ by about one of log-odds."""
+    each from as many shots as an episode has."""
     user = np.where(np.asarray(rows.weight) > 0, np.asarray(rows.user), -1)
     known = np.random.default_rng(0).permutation(np.unique(user[user >= 0]))
     lines = np.full((OTHERS + 1, SHOTS), -1)  # the last has shown nothing
@@ -136,10 +136,7 @@ def settled(model: Residual, family: Any, items: Item, rows: Rows) -> Residual:
         own = np.random.default_rng(one).permutation(np.flatnonzero(user == one))[:SHOTS]
         line[: len(own)] = own
     found = jax.jit(jax.vmap(family.infer_user))(gathered(items, padded(rows, lines))).mean
-    model = model.replace(family=family, prior=take(found, -1), others=take(found, slice(OTHERS)), unit=jnp.ones(()))
-    some = np.random.default_rng(0).permutation(np.flatnonzero(user >= 0))[:ASKED]
-    usual = np.sqrt((differences(model, items, take(rows, some)) ** 2).sum(1).mean()) if len(some) else 0.0
-    return model.replace(unit=jnp.float32(1 / usual if usual > LEAST else 0.0))
+    return model.replace(family=family, prior=take(found, -1), others=take(found, slice(OTHERS)))
 
 
 def _train(

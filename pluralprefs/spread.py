@@ -1,33 +1,40 @@
 """What is left open of inferred users: how far they depart from what is predicted of them, and how sharp they are.
 
-spread   how far users depart from what is predicted, in directions in which users of the training differ, as what
-         the answers of one user have in common says: that of the most evidence, in log-odds (`spread_of`)
-scale    how much sharper one user is than the mean over users that a prediction is: with it the average over the
-         spread says what was predicted (`scale_of`)
+spread       how far users of whom nothing is known depart from what is predicted, in directions in which users of the
+             training differ, as what the answers of one user have in common says: that of the most evidence, in
+             log-odds (`spread_of`)
+efficiency   the share of what shots tell of the unknowns that a family has read: it leaves as much open as an ideal
+             reader of so much less would, again by evidence (`efficiency_of`)
+scale        how much sharper one user is than the mean over users that a prediction is: with it the average over the
+             unknowns says what was predicted (`scale_of`)
 """
 
 from __future__ import annotations
 
-from functools import partial
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
-from scipy.optimize import minimize, minimize_scalar
+from scipy.optimize import minimize_scalar
 from scipy.special import expit
 
-from pluralprefs.fitting import Rows, at, padded, step_up, take
+from pluralprefs.directions import Ways, differences, directed
+from pluralprefs.fitting import Rows, padded, step_up, take
 from pluralprefs.judging import SHOTS, usable_rows
 from pluralprefs.models.residual import Residual
 from pluralprefs.pooling import validation_nats
-from pluralprefs.types import Item
+from pluralprefs.types import Item, Key
 
 MOST_DRAWS = 300  # of users, to learn what is left open
+MIXES = (0.0, 0.1, 0.3, 0.6, 1.0)  # the features' part of the variance in which users differ, to choose from
 MODE_STEPS = 12  # of Newton's method
-USUAL_SCALE = 0.5  # of log(scale) beside which a spread is learned, beforehand
+STEPS = 0.5 ** np.arange(6)  # parts of such a step, of which the best is taken
+SAMPLES, WIDER = 256, 1.1  # of a user's unknowns, and their standard deviation in that of Laplace's method
 NO_SPREAD = -5.0  # a logarithm: a spread of next to nothing, with which questions can still be ranked
+MOST_SPREAD = 3.5  # the same
 NOTHING = 1e-3  # log-odds, below which nothing is predicted
 
 Factor = float | Float[np.ndarray, " 2"]  # of the odd and the even part of a shift
@@ -35,13 +42,14 @@ Factor = float | Float[np.ndarray, " 2"]  # of the odd and the even part of a sh
 
 class Asked(NamedTuple):
     """Comparisons that users are asked about: the odd and the even part of the shift that shots make, log-odds without
-    them, whose draw it is, and how users of the training differ about it."""
+    them, whose draw it is, what each has of the unknowns of its draw, and what shots tell of these (`Residual`)."""
 
     shift: Float[np.ndarray, "asked 2"]
     offset: Float[np.ndarray, " asked"]
     rows: Rows
     unit: Int[np.ndarray, " asked"]
-    apart: Float[np.ndarray, "asked others"]
+    apart: Float[np.ndarray, "asked directions"]
+    known: Float[np.ndarray, "asked directions"]
 
 
 def predicted(found: Asked, factor: Factor) -> Float[np.ndarray, " asked"]:
@@ -81,23 +89,19 @@ def of_nobody(model: Residual, items: Item, rows: Rows, dependent: bool = False)
         chosen = apart if sum(map(len, apart)) >= 2 * len(apart) else chosen
     place = np.concatenate([np.zeros(0, int), *chosen])
     picked = take(rows, place)
-    return Asked(np.zeros((len(place), 2)), np.asarray(picked.offset, float), picked, user[place],
-                 differences(model, items, picked))  # fmt: skip
+    apart = differences(model, items, picked)
+    return Asked(np.zeros((len(place), 2)), np.asarray(picked.offset, float), picked, user[place], apart, 0 * apart)
 
 
-def differences(model: Residual, items: Item, rows: Rows) -> Float[np.ndarray, "rows others"]:
-    """How users of the training differ about the log-odds of `rows`: `left_open` of a user whose spread is 1."""
-    sides = np.stack([rows.first, rows.second])
-    met, place = np.unique(sides, return_inverse=True)
-    index = np.pad(met, (0, step_up(len(met)) - len(met)))  # few shapes to compile
-    rewards, (first, second) = np.asarray(_rewards_apart(model, items, index)), place.reshape(sides.shape)
-    return rewards[first] - rewards[second]
-
-
-@jax.jit
-def _rewards_apart(model: Residual, items: Item, index: Int[Array, " items"]) -> Float[Array, "items others"]:
-    user = model.init_user() | {"spread": jnp.ones(())}
-    return jax.lax.map(lambda one: model.left_open(user, at(items, one)), index, batch_size=1024)
+def mixed(model: Residual, found: Ways, items: Item, rows: Rows, dependent: bool = False) -> float:
+    """The mix of directions (`directed`) in which users of whom nothing is known differ, by evidence."""
+    if not found.rewards.unit:
+        return 1.0
+    lost = {}
+    for mix in MIXES:
+        asked = of_nobody(directed(model, found, mix), items, rows, dependent)
+        lost[mix] = _most_evident(asked, 0.0, 1.0)[1]
+    return min(lost, key=lost.__getitem__)
 
 
 def left_open(found: Asked, factor: Factor, usual: float = 1.0) -> tuple[float, float]:
@@ -107,18 +111,45 @@ def left_open(found: Asked, factor: Factor, usual: float = 1.0) -> tuple[float, 
 
 
 def spread_of(found: Asked, factor: Factor, usual: float = 1.0) -> float:
-    """The spread of users, about a prediction with these factors, that has the most evidence, with a scale of its own.
+    """The spread of users, about a prediction with these factors, that has the most evidence.
 
-    What is predicted is the mean of a Gaussian process over a user's answers, whose kernel says how users of the
-    training differ, and each draw is a user. Next to nothing is open where the answers say so, nothing where users of
-    the training do not differ, or nobody answers.
+    Next to nothing is open where the answers say so, nothing where users of the training do not differ, or nobody
+    answers. Few users say little: the spread is half Cauchy beforehand with scale `usual`, in log-odds.
+    """
+    return _most_evident(found, factor, usual)[0]
 
-    Few users say little: log(scale) is normal beforehand with deviation `USUAL_SCALE`, the spread half Cauchy with
-    scale `usual`, in log-odds. The draws of one user count as one.
+
+def _most_evident(found: Asked, factor: Factor, usual: float) -> tuple[float, float]:
+    """The spread, and minus its log evidence."""
+    if not len(found.unit) or not found.apart.any():
+        return 0.0, np.inf
+    lost, usual = _evidence(found, factor), max(usual, np.exp(NO_SPREAD))
+
+    def posterior(logarithm: float) -> float:
+        spread = np.exp(logarithm)
+        return lost(spread, 0.0) + np.log1p((spread / usual) ** 2)
+
+    best: Any = minimize_scalar(posterior, bounds=(NO_SPREAD, MOST_SPREAD), method="bounded", options={"xatol": 1e-3})
+    return float(np.exp(best.x)), float(best.fun)
+
+
+def efficiency_of(found: Asked, factor: Factor, spread: float) -> float:
+    """The share in [0, 1] of what shots tell, read by a prediction with these factors, that has the most evidence."""
+    if not len(found.unit) or not found.apart.any():
+        return 0.0
+    lost = _evidence(found, factor)
+    best: Any = minimize_scalar(lambda root: lost(spread, root**2), bounds=(0.0, 1.0), method="bounded",
+                                options={"xatol": 1e-3})  # fmt: skip
+    return float(best.x**2)
+
+
+def _evidence(found: Asked, factor: Factor) -> Callable[[float, float], float]:
+    """Minus the log evidence of a spread and an efficiency, with the scale that goes with them (`scale_of`): a free one
+    would take what trust has left out of a prediction for its sharpness.
+
+    Each draw is a user, but the draws of one user count as one.
     """
     draws, begin, unit = np.unique(found.unit, return_index=True, return_inverse=True)
-    if not len(draws) or not found.apart.any():
-        return 0.0
     user = np.asarray(found.rows.user)[begin]
     chosen = np.sort(np.random.default_rng(0).permutation(len(draws))[:MOST_DRAWS])
     lines = np.full((min(step_up(len(chosen)), MOST_DRAWS), SHOTS), -1)  # few shapes to compile
@@ -126,15 +157,22 @@ def spread_of(found: Asked, factor: Factor, usual: float = 1.0) -> float:
         own = np.flatnonzero(unit == draw)  # a draw asks no more
         line[: len(own)] = own
     rows = padded(found.rows.replace(offset=predicted(found, factor).astype(np.float32)), lines)
-    apart = found.apart[np.maximum(lines, 0)].astype(np.float32)
-    kernel, repeats = np.einsum("uiv,ujv->uij", apart, apart), len(chosen) / len(np.unique(user[chosen]))
-    lost = partial(_lost, kernel, rows, repeats, max(usual, np.exp(NO_SPREAD)))
-    best: Any = minimize(lost, np.zeros(2), jac=True, method="L-BFGS-B", tol=1e-5,
-                         bounds=[(-1.6, 1.6), (NO_SPREAD, 3.5)])  # fmt: skip
-    return float(np.exp(best.x[1]))
+    repeats = len(chosen) / len(np.unique(user[chosen]))
+
+    def lost(spread: float, efficiency: float) -> float:
+        apart = found.apart * np.sqrt(_open(found, spread, efficiency))
+        scale = scale_of(found, factor, spread, efficiency)
+        return float(lost_evidence(scale, apart[np.maximum(lines, 0)].astype(np.float32), rows)) / repeats
+
+    return lost
 
 
-def scale_of(found: Asked, factor: Factor, spread: float) -> float:
+def _open(found: Asked, spread: float, efficiency: float) -> Float[np.ndarray, "asked directions"]:
+    """Variances of the unknowns, in squared log-odds."""
+    return spread**2 / (1 + efficiency * spread**2 * found.known)
+
+
+def scale_of(found: Asked, factor: Factor, spread: float, efficiency: float = 0.0) -> float:
     """How much sharper one user is than the mean over users that is predicted: 1 where nothing is open.
 
     With this scale the average over what is open says what was predicted, as nearly as one scale for all comparisons
@@ -144,7 +182,7 @@ def scale_of(found: Asked, factor: Factor, spread: float) -> float:
     if not len(found.unit):
         return 1.0
     mean = predicted(found, factor)
-    variance = spread**2 * np.einsum("rv,rv->r", found.apart, found.apart)
+    variance = (_open(found, spread, efficiency) * found.apart**2).sum(1)
     if np.abs(mean).max() < NOTHING:  # any scale keeps that: what it is where little is predicted
         flatter = 1 / np.sqrt(1 + np.pi * variance / 8)
         return float(flatter.mean() / (flatter**2).mean())
@@ -157,45 +195,41 @@ def scale_of(found: Asked, factor: Factor, spread: float) -> float:
     return float(np.exp(scaled.x))
 
 
-def _lost(
-    kernel: np.ndarray, rows: Rows, repeats: float, usual: float, logarithms: np.ndarray
-) -> tuple[float, np.ndarray]:
-    """Minus the log posterior of a scale and a spread, and its slope; each user is there `repeats` times."""
-    nats, slope = lost_evidence(jnp.asarray(logarithms, jnp.float32), kernel, rows)
-    if not np.isfinite(nats) or not np.isfinite(slope).all():  # steps that ran away: this is not the place
-        return 1e12, np.zeros(2)
-    standard, squared = logarithms[0] / USUAL_SCALE, np.exp(2 * logarithms[1]) / usual**2
-    beforehand = 0.5 * standard**2 + np.log1p(squared), np.array([standard / USUAL_SCALE, 2 * squared / (1 + squared)])
-    return float(nats) / repeats + beforehand[0], np.asarray(slope, float) / repeats + beforehand[1]
-
-
 @jax.jit
-@jax.value_and_grad
-def lost_evidence(logarithms: Float[Array, 2], kernel: Float[Array, "users rows rows"], rows: Rows) -> Float[Array, ""]:
-    """Minus the log evidence of a scale and a spread, by Laplace's method (Rasmussen and Williams 2006, 3.1)."""
-    scale, spread = jnp.exp(logarithms)
+def lost_evidence(
+    scale: Float[Array, ""], apart: Float[Array, "users rows directions"], rows: Rows
+) -> Float[Array, ""]:
+    """Minus the log evidence of users who depart from what is predicted, times a scale, by `apart` z, z ~ N(0, 1).
 
-    def one(kernel: Float[Array, "rows rows"], rows: Rows) -> Float[Array, ""]:
-        kernel = spread**2 * kernel
+    By importance sampling from the Gaussian of Laplace's method, a little widened: that method alone (Rasmussen and
+    Williams 2006, 3.4) finds too little spread where much is open and little is asked.
+    """
+
+    def one(key: Key, apart: Float[Array, "rows directions"], rows: Rows) -> Float[Array, ""]:
         fixed = scale * rows.offset
+        half = WIDER * jax.random.normal(key, (SAMPLES // 2, apart.shape[-1]))
+        draws = jnp.concatenate([half, -half])
 
-        def step(f: Float[Array, " rows"], _: None) -> tuple[Float[Array, " rows"], None]:
-            return kernel @ solved(f)[0], None
+        def joint(z: Float[Array, " directions"]) -> Float[Array, ""]:
+            """Minus the log posterior of the unknowns."""
+            logits = fixed + apart @ z
+            nats = rows.target * jax.nn.softplus(-logits) + (1 - rows.target) * jax.nn.softplus(logits)
+            return 0.5 * z @ z + jnp.sum(rows.weight * nats)
 
-        def solved(f: Float[Array, " rows"]) -> tuple[Array, Array]:
-            p = jax.nn.sigmoid(fixed + f)
-            root = jnp.sqrt(jnp.maximum(rows.weight * p * (1 - p), 1e-12))  # of padding, a slope
-            triangle = jnp.linalg.cholesky(jnp.eye(len(root)) + root[:, None] * kernel * root[None, :])
-            b = root**2 * f + rows.weight * (rows.target - p)
-            a = b - root * jax.scipy.linalg.cho_solve((triangle, True), root * (kernel @ b))
-            return a, jnp.sum(jnp.log(jnp.diagonal(triangle)))
+        def step(z: Float[Array, " directions"], _: None) -> tuple[Float[Array, " directions"], None]:
+            whole = jax.scipy.linalg.cho_solve((triangle(z), True), jax.grad(joint)(z))
+            tried = z[None] - jnp.outer(STEPS, whole)  # a whole one runs away where much is open
+            return tried[jnp.argmin(jax.vmap(joint)(tried))], None
 
-        f, _ = jax.lax.scan(step, jnp.zeros_like(fixed), None, length=MODE_STEPS)
-        f, _ = step(jax.lax.stop_gradient(f), None)  # where a step ends at the mode, its slope is that of the mode
-        a, half_log_det = solved(f)
-        f = kernel @ a
-        logits = fixed + f
-        nats = rows.target * jax.nn.softplus(-logits) + (1 - rows.target) * jax.nn.softplus(logits)
-        return 0.5 * a @ f + jnp.sum(rows.weight * nats) + half_log_det
+        def triangle(z: Float[Array, " directions"]) -> Float[Array, "directions directions"]:
+            p = jax.nn.sigmoid(fixed + apart @ z)
+            return jnp.linalg.cholesky(jnp.eye(len(z)) + (apart * (rows.weight * p * (1 - p))[:, None]).T @ apart)
 
-    return jnp.sum(jax.vmap(one)(kernel, rows))
+        mode, _ = jax.lax.scan(step, jnp.zeros(apart.shape[-1]), None, length=MODE_STEPS)
+        root = triangle(mode)
+        at = mode[None] + jax.scipy.linalg.solve_triangular(root, draws.T, lower=True, trans=1).T
+        heavier = 0.5 * jnp.sum((draws / WIDER) ** 2, axis=1) - jax.vmap(joint)(at)
+        volume = jnp.sum(jnp.log(jnp.diagonal(root))) - len(mode) * jnp.log(WIDER)
+        return volume - jax.nn.logsumexp(heavier) + jnp.log(len(draws))
+
+    return jnp.sum(jax.vmap(one)(jax.random.split(jax.random.key(0), len(apart)), apart, rows))

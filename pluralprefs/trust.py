@@ -6,14 +6,13 @@ Held-out users show shots and are asked about other comparisons of theirs (`judg
     even     that of what the shots say whichever way they were answered, at most as large: those that lose the fewest
              nats, drawn towards those of fewer shots, and at first to 0, as far as the users disagree about them: the
              step is times max(0, 1 - (standard error / step)^2), so that noise is not trusted (`borne_out`)
-    spread   how far users depart from what is then predicted, and
-    scale    how much sharper one user is than that (`spread`)
+    efficiency   the share of what shots tell that the family has read, and
+    scale    how much sharper one user is than what is then predicted (`spread`).
 
-What no shot leaves open is how users differ, of which all users of the training tell, and held-out users need not.
-These are few, and say little: trust is drawn to 0, and of the spread they tell the share that shots leave of what they
-differ by themselves (`spread_of`). What shots of responses that training does not know say is judged
-apart (`far_judges`); its spread is only nearly in log-odds, for how much users differ (`Residual.unit`) is known of
-responses that training knows.
+How users differ of whom nothing is known, the spread, all users of the training tell, and held-out users need not.
+These are few, and say little: trust is drawn to 0, efficiency is judged beside the spread that they have themselves,
+and there is none where they are fewer than `FEW`. What shots of responses that training does not know say is judged
+apart (`far_judges`).
 """
 
 from __future__ import annotations
@@ -27,17 +26,17 @@ from jaxtyping import Float
 from scipy.optimize import minimize, minimize_scalar
 from scipy.special import expit
 
-from pluralprefs.adapting import adapt_and_predict
+from pluralprefs.adapting import adapt_and_predict, adapt_rectangles
 from pluralprefs.data.episodes import episode_indices
+from pluralprefs.directions import differences
 from pluralprefs.fitting import Rows, take
 from pluralprefs.judging import ENOUGH, FEW, SHOTS, Judging
 from pluralprefs.models.residual import Residual
 from pluralprefs.pooling import validation_nats
 from pluralprefs.spread import (
-    NO_SPREAD,
     Asked,
-    differences,
     disjoint,
+    efficiency_of,
     left_open,
     of_nobody,
     predicted,
@@ -62,16 +61,17 @@ class Trust(NamedTuple):
     trust: Float[np.ndarray, " knots"]
     even: Float[np.ndarray, " knots"]
     scale: Float[np.ndarray, " knots"]
-    spread: Float[np.ndarray, " knots"]
+    efficiency: Float[np.ndarray, " knots"]
     most: Float[np.ndarray, ""]
+    spread: float
 
 
 def trusted(
     model: Residual, items: Item, notes: dict[str, Any], rows: Rows, near: Judging,
     away: tuple[Residual, Judging] | None = None, *, dependent: bool = False,
 ) -> Residual:  # fmt: skip
-    """Learn trust, even, scale, spread and most for shots of responses that training knows and (by `away`, a model and
-    judges) of others.
+    """Learn trust, even, scale, efficiency and most for shots of responses that training knows and (by `away`, a model
+    and judges) of others, and the spread.
 
     `rows` are those of all users of the training, with what the population says of them, out of fold, as `offset`.
     Where comparisons of a user that share a response are `dependent`, none that do tell scale and spread together.
@@ -84,14 +84,18 @@ def trusted(
     if away is not None:
         notes["far"] = {}
         found.append(_judged(away[0], items, away[1], rows, notes["far"], dependent))
-    both = {name: np.stack([getattr(part, name) for part in (found[0], found[-1])]) for name in Trust._fields}
-    for name in ("scale", "spread"):  # who is not trusted at all is a stranger still, to the last digit
-        both[name] = np.where((both["trust"] == 0) & (both["even"] == 0), both[name][0, 0], both[name])
+    both = {name: np.stack([getattr(part, name) for part in (found[0], found[-1])]) for name in Trust._fields[:-1]}
+    nothing = (both["trust"] == 0) & (both["even"] == 0)  # who is not trusted at all is a stranger, to the last digit
+    both["efficiency"], both["scale"] = (
+        np.where(nothing, both[name][0, 0], both[name]) for name in ("efficiency", "scale")
+    )
     for place, part in enumerate([notes] if away is None else [notes, notes["far"]]):
-        for name in ("trust", "even", "scale", "spread"):
+        for name in ("trust", "even", "scale", "efficiency"):
             part[name] = {str(k): float(v) for k, v in zip((*KNOTS[:-1], "all"), both[name][place], strict=True)}
+    notes["spread"] = found[0].spread
     learned = {name: jnp.asarray(values, jnp.float32) for name, values in both.items()}
-    return model.replace(**learned | {"most": jnp.maximum(learned["most"], learned["most"][0])})
+    return model.replace(**learned | {"most": jnp.maximum(learned["most"], learned["most"][0]),
+                                      "spread": jnp.float32(found[0].spread)})  # fmt: skip
 
 
 def _judged(
@@ -99,22 +103,22 @@ def _judged(
 ) -> Trust:
     """What the users of `judging` bear out at each number of shots, and what `everyone` leaves open without any."""
     knots = jnp.tile(jnp.asarray(KNOTS, jnp.float32), (2, 1))
-    one, zero = jnp.ones_like(knots), jnp.zeros_like(knots)
-    open_ended = model.replace(shots=knots, trust=one, even=one, scale=one, spread=zero, most=jnp.full(2, 1e6))
+    one = jnp.ones_like(knots)
+    open_ended = model.replace(shots=knots, trust=one, even=one, scale=one, efficiency=one, spread=jnp.ones(()),
+                               most=jnp.full(2, 1e6))  # fmt: skip
     rows, asked = judging
     told = disjoint if dependent else lambda found: found
     usual = left_open(of_nobody(open_ended, items, everyone, dependent), 0.0)
     own = spread_of(told(_shown(open_ended, items, judging, 0, least=0)), 0.0, usual[1])
 
     def bear_out(found: Asked, before: tuple[float, ...]) -> tuple[float, float, float, float]:
-        """Trust, even, scale, spread. Held-out users tell what share of what they differ by themselves is left open."""
+        """Trust, even, scale and efficiency."""
         factor, users = borne_out(found, np.array(before[:2])), len(np.unique(found.rows.user))
         found = told(found)
-        share = spread_of(found, factor, usual[1]) / max(own, np.exp(NO_SPREAD)) if users >= FEW else 1.0
-        spread = usual[1] * min(1.0, share)
-        return float(factor[0]), float(factor[1]), scale_of(found, factor, spread), spread
+        efficiency = efficiency_of(found, factor, own) if users >= FEW else 0.0
+        return float(factor[0]), float(factor[1]), scale_of(found, factor, usual[1], efficiency), efficiency
 
-    learned = [(0.0, 0.0, *usual)]
+    learned = [(0.0, 0.0, usual[0], 0.0)]
     enough_for, with_one = 0, 1
     for count in KNOTS[1:-1]:
         found = _shown(open_ended, items, judging, count, least=count)
@@ -138,8 +142,8 @@ def _judged(
             best = min(nats, key=nats.__getitem__)
             at_all, most, last = bear_out(shown[best], learned[-1]), arms[best], max(last, shown_of_many)
             notes["validation_nll_of_shots"] = {str(name): value for name, value in nats.items()}
-    trust, even, scale, spread = np.array([*learned, at_all]).T
-    return Trust(np.asarray([*KNOTS[:-1], last]), trust, even, scale, spread, np.asarray(most))
+    trust, even, scale, efficiency = np.array([*learned, at_all]).T
+    return Trust(np.asarray([*KNOTS[:-1], last]), trust, even, scale, efficiency, np.asarray(most), usual[1])
 
 
 def _shown(model: Residual, items: Item, judging: Judging, count: int, *, least: int) -> Asked:
@@ -158,8 +162,9 @@ def _shown(model: Residual, items: Item, judging: Judging, count: int, *, least:
     support, query = np.concatenate(given), np.concatenate(questions)
     units = [np.broadcast_to(np.arange(len(part))[:, None], part.shape)[part >= 0] for part in (support, query)]
     picked = take(rows, query[query >= 0])
-    # The shift alone is asked for; of what is left open, which is much work, one direction is computed, which is 0.
-    alone = model.replace(weights=jax.tree.map(jnp.zeros_like, model.weights), others=take(model.others, slice(1)))
+    # The shift alone is asked for; of what is left open, which is much work, next to nothing is computed, which is 0.
+    model = model.replace(weights=jax.tree.map(jnp.zeros_like, model.weights))
+    alone = model.replace(others=take(model.others, slice(1)), axes=jnp.zeros((1 + items.embedding.shape[1], 1)))
     asked_flat = picked.replace(offset=np.zeros_like(picked.offset))  # shots keep theirs, which are out of fold
     odd, even = jnp.ones_like(alone.trust), jnp.zeros_like(alone.trust)
     shift = [
@@ -167,9 +172,23 @@ def _shown(model: Residual, items: Item, judging: Judging, count: int, *, least:
                           units[1])[0]
         for part in (alone.replace(trust=odd, even=even), alone.replace(trust=even, even=odd))
     ]  # fmt: skip
-    return Asked(
-        np.stack(shift, axis=1), np.asarray(picked.offset, float), picked, units[1], differences(model, items, picked)
-    )
+    return Asked(np.stack(shift, axis=1), np.asarray(picked.offset, float), picked, units[1],
+                 *_open_of(model, items, take(rows, support[support >= 0]), units[0], picked, units[1]))  # fmt: skip
+
+
+def _open_of(
+    model: Residual, items: Item, shown: Rows, shower: np.ndarray, asked: Rows, unit: np.ndarray
+) -> tuple[Float[np.ndarray, "asked directions"], Float[np.ndarray, "asked directions"]]:
+    """What comparisons have of each unknown of their unit, and what the unit's shots tell of it: unknowns such that
+    shots tell of each apart."""
+    apart, table = differences(model, items, asked), prior_table(model)
+    count, size = max(unit.max(initial=-1), shower.max(initial=-1)) + 1, apart.shape[1]
+    known, axes = np.zeros((count, size)), np.tile(np.eye(size), (count, 1, 1))
+    for units, posterior in adapt_rectangles(model, table, items, shown, shower):
+        root = np.asarray(table.population["open"], float) + posterior.mean.state["open"]
+        left, axes[units] = np.linalg.eigh(root @ root.swapaxes(1, 2))
+        known[units] = 1 / np.clip(left, np.finfo(np.float32).eps, 1.0) - 1
+    return np.einsum("rd,rde->re", apart, axes[unit]), known[unit]
 
 
 def _lost_by(found: Asked, factor: np.ndarray) -> float:
@@ -239,6 +258,6 @@ def prior_table(model: Residual, *, users: int = 0, communities: int = 0) -> Use
     """The table of a residual, everyone at the prior user."""
     table = Users.init(model, users=users, communities=communities)
     zero = jnp.zeros_like(table.user_root)
-    nothing = {name: getattr(model, name)[0, 0] for name in ("trust", "even", "scale", "spread")}
-    population = {"state": model.prior, "reversed": model.prior, **nothing}
+    nothing = {name: getattr(model, name)[0, 0] for name in ("trust", "even", "scale")} | {"spread": model.spread}
+    population = model.init_user() | {"state": model.prior, "reversed": model.prior} | nothing
     return table.replace(population=population, user_root=zero, community_root=zero)

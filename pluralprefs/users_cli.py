@@ -27,7 +27,7 @@ Prior = Annotated[
 ANSWERS = {"1": (1.0, False), "2": (0.0, False), "t": (0.5, True), "s": (0.5, False)}
 KEYS = "[1] first  [2] second  [t] tie  [s] skip  [u] undo  [q] quit"
 SHOWN = 5  # coordinates that moved most
-INNER = ("reversed", "trust", "even", "scale", "spread")  # of a user who is inferred, what is no part of a profile
+INNER = ("reversed", "trust", "even", "scale", "spread", "open")  # of an inferred user, no part of a profile
 
 
 def _person(loaded: Run, user: Path | None, prior: str | None) -> AdaptedUser:

@@ -27,14 +27,15 @@ small_meta = partial(MetaReward.init, key=KEY, dim=DIM, adapter=stepped_user, re
 
 def residual() -> Residual:
     """A residual whose population, prior and trust all matter."""
-    model = Residual.init(population=FAMILIES["low_rank_free"](), family=FAMILIES["neural_process"](), knots=3)
+    model = Residual.init(population=FAMILIES["low_rank_free"](), family=FAMILIES["neural_process"](), knots=3, dim=DIM)
     prior = model.family.infer_user(rows(items(0), items(1), np.ones(ITEMS), np.zeros(ITEMS))).mean
     others = jax.tree.map(lambda x: x[None] + jax.random.normal(KEY, (5, *x.shape)), prior)
     return model.replace(weights=jnp.asarray([0.5, -1.0]), prior=prior, others=others, most=jnp.asarray([4.0, 3.0]),
                          trust=jnp.asarray([[0.0, 0.4, 0.8], [0.0, 0.1, 0.2]]),
                          even=jnp.asarray([[0.0, 0.2, 0.3], [0.0, 0.1, 0.2]]),
                          scale=jnp.asarray([[1.1, 1.2, 1.4], [1.1, 1.3, 1.5]]),
-                         spread=jnp.asarray([[0.9, 0.5, 0.3], [0.9, 0.8, 0.7]]))  # fmt: skip
+                         efficiency=jnp.asarray([[0.0, 0.5, 0.8], [0.0, 0.2, 0.3]]), spread=jnp.asarray(0.9),
+                         axes=0.5 * jax.random.normal(KEY, (5 + DIM, 3)))  # fmt: skip
 
 
 FAMILIES = {

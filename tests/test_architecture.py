@@ -23,7 +23,7 @@ FLOORS = [
     "fitting",
     "adapting",  # lazily, adapting and pooling may import each other
     "pooling peers",
-    "training evaluate adapted windows judging",
+    "training evaluate adapted windows judging directions",
     "spread prompted backbone",
     "trust",
     "inferring",

@@ -15,6 +15,7 @@ from pluralprefs.data.comparisons import SCHEMA, DataError, from_trl, pseudonym,
 
 LAWS = settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=8)
+ids = texts.filter(str.strip)  # a blank one is nobody's
 messages = st.lists(
     st.fixed_dictionaries({"role": st.sampled_from(["user", "assistant"]), "content": texts}), min_size=1, max_size=3
 )
@@ -25,7 +26,7 @@ def rows_of(response) -> st.SearchStrategy:
         "prompt": response, "chosen": response, "rejected": response,
         "margin": st.one_of(st.none(), st.floats(-5, 5)),
         "score_chosen": st.floats(0, 1), "score_rejected": st.floats(0, 1),
-        "user_id": st.one_of(st.none(), texts.filter(bool)), "community_id": st.one_of(st.none(), texts.filter(bool)),
+        "user_id": st.one_of(st.none(), ids), "community_id": st.one_of(st.none(), ids),
         "note": st.one_of(st.none(), texts), "tags": st.lists(texts, max_size=2),
     })  # fmt: skip
     unlike = row.filter(lambda r: r["chosen"] != r["rejected"])

@@ -1,6 +1,6 @@
 """A population, and on top of it what shots say of a user: the form in which inferred users are fitted and scored.
 
-    l(u) = scale(n) {l_0 + trust(n) odd + even(n) even} + spread(n) unit sum_v z_v [f(v) - mean f] / sqrt(V)
+    l(u) = scale(n) {l_0 + trust(n) odd + even(n) even} + spread d' R z
     odd = [f(u) - f(u')] / 2        even = [f(u) + f(u')] / 2 - f(prior)
 
 l_0 are the log-odds of a population (`population` at its state `weights`), f those of a family that infers its users
@@ -12,12 +12,18 @@ of the population, where it is not noise. `trust` and `even` are how much of eac
 has shown nothing. Weights of more than `most` together, the most that held-out users bore out, count as
 `most`, unless these users said that it copes (`trust.py` decides).
 
-What shots leave open of a user is another mixture of V users v of the training, whose rewards differ as people do here
-(z_v ~ N(0, 1)): the mean user has none of it, and `spread` is how much there is of it, in log-odds, `unit` one over how
-much these users differ about comparisons of the training (`LeavesOpen`). What is predicted is a mean over
-all users who would have shown such shots; one of them is sharper by `scale`.
+What shots leave open of a user (`LeavesOpen`) lies in the directions in which users differ: d are combinations (`axes`)
+of what `OTHERS` users of the training get of a response, and of its features (`directions.py`). z ~ N(0, 1) is what is
+not known, and R R' how much of it n shots leave:
 
-What shots say is borne out less where the family has met nothing like them, so that all of these have two rows: for
+    R R' = [1 + efficiency(n) spread^2 sum_i w_i p_i (1 - p_i) d_i d_i']^-1        d_i of the two responses of shot i
+
+(Laplace's method, as in Rasmussen and Williams 2006, 3.4, at the p_i that the family says itself), so that less is open
+where the user has been asked. `spread` is how far users depart from the population, in log-odds; `efficiency` the share
+of what shots tell that the family has read, 0 where it is not trusted at all. The mean user has none of what is open.
+What is predicted is a mean over all users who would have shown such shots; one of them is sharper by `scale`.
+
+What shots say is borne out less where the family has met nothing like them, so that all of these are there twice: for
 shots of two responses that training knows (`Item.index`), and for others. A user who has shown both has the mean of the
 two, by how many of each; each kind has its own `most`. What is asked does not count. The family reads shots with l_0
 added to their `offset`, as it was trained.
@@ -35,13 +41,14 @@ from jaxtyping import Array, Bool, Float
 from pluralprefs.pytrees import pytree
 from pluralprefs.types import Comparisons, Item, Replaceable, UserPosterior
 
-OTHERS = 32  # users of the training, among whom a new one may be
+OTHERS = 32  # users of the training, by whom it is known how users differ
+DIRECTIONS = 16  # at most, in which they do
 
 
 @pytree
 class Residual(Replaceable):
-    """See the module. The user state is the family's ("state"), that of the reversed shots ("reversed"), and trust,
-    even, scale and spread at its number of shots."""
+    """See the module. The user state is the family's ("state"), that of the reversed shots ("reversed"), trust, even
+    and scale at its number of shots, spread, and R ("open")."""
 
     population: Any
     weights: Any
@@ -51,24 +58,26 @@ class Residual(Replaceable):
     trust: Float[Array, "2 knots"]
     even: Float[Array, "2 knots"]
     scale: Float[Array, "2 knots"]
-    spread: Float[Array, "2 knots"]
+    efficiency: Float[Array, "2 knots"]
+    spread: Float[Array, ""]
     most: Float[Array, 2]
     others: Any
-    unit: Float[Array, ""]
+    axes: Float[Array, "others+dim directions"]
 
     @classmethod
-    def init(cls, *, population: Any, family: Any, knots: int, **_: Any) -> Self:
+    def init(cls, *, population: Any, family: Any, knots: int, dim: int, **_: Any) -> Self:
         """The population alone: nothing that the family says is trusted yet."""
         shots = jnp.tile(jnp.arange(knots, dtype=jnp.float32), (2, 1))
         zero, one = jnp.zeros_like(shots), jnp.ones_like(shots)
         prior = family.init_user()
         others = jax.tree.map(lambda x: jnp.repeat(x[None], OTHERS, axis=0), prior)
-        return cls(population, population.init_user(), family, prior, shots, zero, zero, one, zero, jnp.zeros(2),
-                   others, jnp.ones(()))  # fmt: skip
+        return cls(population, population.init_user(), family, prior, shots, zero, zero, one, zero, jnp.zeros(()),
+                   jnp.zeros(2), others, jnp.zeros((OTHERS + dim, DIRECTIONS)))  # fmt: skip
 
     def init_user(self) -> dict[str, Any]:
-        zero, state = jnp.zeros(()), self.family.init_user()
-        return {"state": state, "reversed": state, "trust": zero, "even": zero, "scale": jnp.ones(()), "spread": zero}
+        zero, state, known = jnp.zeros(()), self.family.init_user(), jnp.eye(self.axes.shape[1])
+        return {"state": state, "reversed": state, "trust": zero, "even": zero, "scale": jnp.ones(()), "spread": zero,
+                "open": known}  # fmt: skip
 
     def infer_user(self, support: Comparisons[Item]) -> UserPosterior:
         """The family's user of these shots, and what is to be made of it; the prior, without trust, of no shots.
@@ -89,17 +98,36 @@ class Residual(Replaceable):
         def at(values: Float[Array, "2 knots"]) -> Float[Array, ""]:
             return share @ jax.vmap(partial(jnp.interp, jnp.log1p(count)))(jnp.log1p(self.shots), values)
 
-        learned = {"trust": at(self.trust), "even": at(self.even), "scale": at(self.scale), "spread": at(self.spread)}
-        return UserPosterior({"state": own.mean, "reversed": other.mean, **learned})
+        learned = {"trust": at(self.trust), "even": at(self.even), "scale": at(self.scale), "spread": self.spread}
+        known = at(self.efficiency) * self.spread**2 * self.known(own.mean, shots)
+        triangle = jnp.linalg.cholesky(jnp.eye(known.shape[0]) + known)
+        root = jax.scipy.linalg.solve_triangular(triangle, jnp.eye(known.shape[0]), lower=True).T
+        return UserPosterior({"state": own.mean, "reversed": other.mean, **learned, "open": root})
+
+    def known(self, state: Any, shots: Comparisons[Item]) -> Float[Array, "directions directions"]:
+        """What shots tell of the unknowns: the curvature of their log-likelihood at what the family says."""
+
+        def one(row: Comparisons[Item]) -> tuple[Array, Array]:
+            said, nothing = (self.family.reward(u, row.first) - self.family.reward(u, row.second)
+                             for u in (state, self.prior))  # fmt: skip
+            p = jax.nn.sigmoid(row.offset + said - nothing)
+            return row.weight * p * (1 - p), self.directions(row.first) - self.directions(row.second)
+
+        bend, apart = jax.vmap(one)(shots)
+        return (apart * bend[:, None]).T @ apart
 
     def reward(self, user: dict[str, Any], item: Item) -> Float[Array, ""]:
         own, other, prior = (self.family.reward(u, item) for u in (user["state"], user["reversed"], self.prior))
         shift = user["trust"] * (own - other) / 2 + user["even"] * ((own + other) / 2 - prior)
         return user["scale"] * (self.population.reward(self.weights, item) + shift)
 
-    def left_open(self, user: dict[str, Any], item: Item) -> Float[Array, " others"]:
+    def left_open(self, user: dict[str, Any], item: Item) -> Float[Array, " directions"]:
+        return user["spread"] * self.directions(item) @ user["open"]
+
+    def directions(self, item: Item) -> Float[Array, " directions"]:
+        """What an item has of each direction in which users differ."""
         rewards = jax.vmap(self.family.reward, (0, None))(self.others, item)
-        return user["spread"] * self.unit * (rewards - rewards.mean()) / jnp.sqrt(rewards.shape[0])
+        return jnp.concatenate([rewards, item.embedding]) @ self.axes
 
     def log_odds(self, user: dict[str, Any], first: Item, second: Item) -> Float[Array, ""]:
         return self.reward(user, first) - self.reward(user, second)
