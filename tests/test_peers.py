@@ -158,7 +158,15 @@ def test_many_users_at_once_have_the_posteriors_that_they_have_alone():
 def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("peers")
     data = write(folder / "data.jsonl", users=34, per_user=20)
-    settings = ["model.rank=2", "epochs=4", "shots=[0,4]", "draws=2", "users.peers=16", "users.rounds=2"]
+    settings = [
+        "model.rank=2",
+        "epochs=4",
+        "shots=[4]",
+        "draws=1",
+        "controls=false",
+        "users.peers=16",
+        "users.rounds=2",
+    ]
     with pytest.MonkeyPatch.context() as patch:  # whatever these few users say
         patch.setattr("pluralprefs.peers.logsumexp", lambda x, axis: np.full(len(x), 1e6))
         return fit(data, model="low_rank", encoder="attributes", root=folder, overrides=settings, progress=False)
