@@ -7,7 +7,7 @@ Result (2026-11-23, bradley_terry, one fit, it has no random part; 2 CPU cores u
 seen/testpair 67.8 [66.6, 69.1]; 0.608, unseen/testpair 64.8; 0.616 at 0 shots, 65.4 [62.7, 68.0]; 0.617 at 16 and
 65.4 [62.7, 68.0]; 0.618 at 32 (paired, 32 against 0: +0.002 nats [-0.005, +0.009]), unseen/newprompt 65.2; 0.617 at 0
 and 69.6 [67.1, 72.0]; 0.587 at 32 (-0.030 [-0.040, -0.019]). It reads 160 principal components of the embeddings, which
-three splits within the training rows prefer to all 384 columns (experiments/polis_inner.py). With all of them
+three splits within the training rows prefer to all 384 columns (experiments/inner_splits.py). With all of them
 (--set features={}) it has 67.4; 0.610, 65.3; 0.618 and 67.6 [65.2, 70.2]; 0.593. 65.5 % at 32 shots is missed by 0.1.
 
 What follows was measured with all columns and, but for the families whose date is 2026-11-23, by earlier code.
@@ -65,8 +65,8 @@ inferred = {
     name: replace(base[name], features={}, users=replace(pooled, levels=("user",), residual=0.0))
     for name in ("fast_weights", "variational", "swap_symmetric", "neural_process", "meta_reward", "set_pooled")
 }
-# Leading components in place of 384 columns: inner splits say so (experiments/polis_inner.py). Those were run with this
-# family alone, and on test rows fast weights are worse with them.
+# Leading components in place of 384 columns: inner splits say so (experiments/inner_splits.py). Those were run with
+# this family alone, and on test rows fast weights are worse with them.
 leading = {"log_length": False, "components": 160}
 experiments = (
     base | tempered | inferred | {"bradley_terry": replace(base["bradley_terry"], features=leading, users=pooled)}

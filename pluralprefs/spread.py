@@ -2,9 +2,10 @@
 
 spread       how far users of whom nothing is known depart from what is predicted, in directions in which users of the
              training differ, as what the answers of one user have in common says: that of the most evidence, in
-             log-odds (`spread_of`)
+             log-odds (`left_open`)
 efficiency   the share of what shots tell of the unknowns that a family has read: it leaves as much open as an ideal
-             reader of so much less would, again by evidence (`efficiency_of`)
+             reader of so much less would, by evidence, and so much that what it predicts and what is open vary together
+             as users do (`efficiency_of`)
 scale        how much sharper one user is than the mean over users that a prediction is: with it the average over the
              unknowns says what was predicted (`scale_of`)
 """
@@ -18,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
-from scipy.optimize import minimize_scalar
+from scipy.optimize import brentq, minimize_scalar
 from scipy.special import expit
 
 from pluralprefs.directions import Ways, differences, directed
@@ -100,47 +101,71 @@ def mixed(model: Residual, found: Ways, items: Item, rows: Rows, dependent: bool
     lost = {}
     for mix in MIXES:
         asked = of_nobody(directed(model, found, mix), items, rows, dependent)
-        lost[mix] = _most_evident(asked, 0.0, 1.0)[1]
+        lost[mix] = _most_evident(asked, 0.0)[1]
     return min(lost, key=lost.__getitem__)
 
 
-def left_open(found: Asked, factor: Factor, usual: float = 1.0) -> tuple[float, float]:
-    """Scale of what is predicted (`scale_of`), and spread of users about it (`spread_of`)."""
-    spread = spread_of(found, factor, usual)
+def left_open(found: Asked, factor: Factor) -> tuple[float, float]:
+    """Scale of what is predicted (`scale_of`), and the spread of users about it that has the most evidence.
+
+    Next to nothing is open where the answers say so, nothing where users of the training do not differ, or nobody
+    answers. Few users say little: the spread is half Cauchy beforehand with scale 1, in log-odds.
+    """
+    spread = _most_evident(found, factor)[0]
     return scale_of(found, factor, spread), spread
 
 
-def spread_of(found: Asked, factor: Factor, usual: float = 1.0) -> float:
-    """The spread of users, about a prediction with these factors, that has the most evidence.
-
-    Next to nothing is open where the answers say so, nothing where users of the training do not differ, or nobody
-    answers. Few users say little: the spread is half Cauchy beforehand with scale `usual`, in log-odds.
-    """
-    return _most_evident(found, factor, usual)[0]
-
-
-def _most_evident(found: Asked, factor: Factor, usual: float) -> tuple[float, float]:
+def _most_evident(found: Asked, factor: Factor) -> tuple[float, float]:
     """The spread, and minus its log evidence."""
     if not len(found.unit) or not found.apart.any():
         return 0.0, np.inf
-    lost, usual = _evidence(found, factor), max(usual, np.exp(NO_SPREAD))
+    lost = _evidence(found, factor)
 
     def posterior(logarithm: float) -> float:
         spread = np.exp(logarithm)
-        return lost(spread, 0.0) + np.log1p((spread / usual) ** 2)
+        return lost(spread, 0.0) + np.log1p(spread**2)
 
     best: Any = minimize_scalar(posterior, bounds=(NO_SPREAD, MOST_SPREAD), method="bounded", options={"xatol": 1e-3})
     return float(np.exp(best.x)), float(best.fun)
 
 
 def efficiency_of(found: Asked, factor: Factor, spread: float) -> float:
-    """The share in [0, 1] of what shots tell, read by a prediction with these factors, that has the most evidence."""
-    if not len(found.unit) or not found.apart.any():
+    """The share in [0, 1] of what shots tell that a prediction with these factors has read: that of the most evidence,
+    up to `_most_read`.
+
+    Answers tell the sign of log-odds and little of their size: of few users the evidence is much the same for any
+    share, and what bounds it decides. Where predictions are larger than they should be, the evidence does.
+    """
+    most = _most_read(found, factor, spread)
+    if not most:
         return 0.0
     lost = _evidence(found, factor)
-    best: Any = minimize_scalar(lambda root: lost(spread, root**2), bounds=(0.0, 1.0), method="bounded",
+    best: Any = minimize_scalar(lambda root: lost(spread, root**2), bounds=(0.0, np.sqrt(most)), method="bounded",
                                 options={"xatol": 1e-3})  # fmt: skip
     return float(best.x**2)
+
+
+def _most_read(found: Asked, factor: Factor, spread: float) -> float:
+    """The efficiency with which predictions and what is open after them vary together as users do (the law of total
+    variance): with more, part of how users differ would be neither predicted nor open."""
+    if not spread or not len(found.unit) or not found.apart.any():
+        return 0.0
+
+    def meant(factor: Factor, efficiency: float) -> np.ndarray:
+        """Log-odds of whom the predictions are means over what is open."""
+        return scale_of(found, factor, spread, efficiency) * predicted(found, factor)
+
+    whole, before = (_open(found, spread, 0.0) * found.apart**2).sum(1).mean(), meant(0.0, 0.0)
+
+    def too_much(root: float) -> float:
+        """Variance that is there twice, with the efficiency `root` squared."""
+        still = (_open(found, spread, root**2) * found.apart**2).sum(1).mean()
+        return float(((meant(factor, root**2) - before) ** 2).mean() + still - whole)
+
+    if too_much(0.0) <= NOTHING**2:
+        return 0.0
+    root: Any = 1.0 if too_much(1.0) >= 0 else brentq(too_much, 0.0, 1.0, xtol=1e-3)
+    return float(root) ** 2
 
 
 def _evidence(found: Asked, factor: Factor) -> Callable[[float, float], float]:

@@ -10,9 +10,8 @@ Held-out users show shots and are asked about other comparisons of theirs (`judg
     scale    how much sharper one user is than what is then predicted (`spread`).
 
 How users differ of whom nothing is known, the spread, all users of the training tell, and held-out users need not.
-These are few, and say little: trust is drawn to 0, efficiency is judged beside the spread that they have themselves,
-and there is none where they are fewer than `FEW`. What shots of responses that training does not know say is judged
-apart (`far_judges`).
+These are few, and say little: trust is drawn to 0. Efficiency follows from spread and trust. What shots of responses
+that training does not know say is judged apart (`far_judges`).
 """
 
 from __future__ import annotations
@@ -41,7 +40,6 @@ from pluralprefs.spread import (
     of_nobody,
     predicted,
     scale_of,
-    spread_of,
 )
 from pluralprefs.types import Item
 from pluralprefs.users import Users
@@ -108,17 +106,15 @@ def _judged(
                                most=jnp.full(2, 1e6))  # fmt: skip
     rows, asked = judging
     told = disjoint if dependent else lambda found: found
-    usual = left_open(of_nobody(open_ended, items, everyone, dependent), 0.0)
-    own = spread_of(told(_shown(open_ended, items, judging, 0, least=0)), 0.0, usual[1])
+    sharper, spread = left_open(of_nobody(open_ended, items, everyone, dependent), 0.0)
 
     def bear_out(found: Asked, before: tuple[float, ...]) -> tuple[float, float, float, float]:
         """Trust, even, scale and efficiency."""
-        factor, users = borne_out(found, np.array(before[:2])), len(np.unique(found.rows.user))
-        found = told(found)
-        efficiency = efficiency_of(found, factor, own) if users >= FEW else 0.0
-        return float(factor[0]), float(factor[1]), scale_of(found, factor, usual[1], efficiency), efficiency
+        factor, found = borne_out(found, np.array(before[:2])), told(found)
+        efficiency = efficiency_of(found, factor, spread)
+        return float(factor[0]), float(factor[1]), scale_of(found, factor, spread, efficiency), efficiency
 
-    learned = [(0.0, 0.0, usual[0], 0.0)]
+    learned = [(0.0, 0.0, sharper, 0.0)]
     enough_for, with_one = 0, 1
     for count in KNOTS[1:-1]:
         found = _shown(open_ended, items, judging, count, least=count)
@@ -143,7 +139,7 @@ def _judged(
             at_all, most, last = bear_out(shown[best], learned[-1]), arms[best], max(last, shown_of_many)
             notes["validation_nll_of_shots"] = {str(name): value for name, value in nats.items()}
     trust, even, scale, efficiency = np.array([*learned, at_all]).T
-    return Trust(np.asarray([*KNOTS[:-1], last]), trust, even, scale, efficiency, np.asarray(most), usual[1])
+    return Trust(np.asarray([*KNOTS[:-1], last]), trust, even, scale, efficiency, np.asarray(most), spread)
 
 
 def _shown(model: Residual, items: Item, judging: Judging, count: int, *, least: int) -> Asked:

@@ -468,18 +468,33 @@ def test_the_evidence_of_a_spread_is_the_integral_over_users(spread):
     assert float(lost_evidence(1.5, (spread * apart).astype(np.float32), table)) == pytest.approx(expected, abs=0.3)
 
 
-@pytest.mark.parametrize("efficiency", [0.0, 0.1, 0.6])
+@pytest.mark.parametrize("efficiency", [0.0, 0.1, 0.6, 1.0])
 def test_the_share_of_what_shots_tell_that_was_read_is_recovered(efficiency):
-    """Users about whom shots tell something of some directions, and what is predicted has read a share of that."""
+    """Shots tell something of some directions, and predictions are those of a reader of a share of that."""
     asked, draw = asked_of(600, 30, spread=0.0), np.random.default_rng(1)
-    known = (10 * draw.random((600, DIM)) ** 2)[asked.unit]
-    own = draw.normal(size=(600, DIM))[asked.unit] * 2 / np.sqrt(1 + efficiency * 4 * known)
-    asked = asked._replace(known=known)
-    truth = scale_of(asked, 0.0, 2.0, efficiency) * asked.offset + (own * asked.apart).sum(1)
-    target = (draw.random(len(truth)) < 1 / (1 + np.exp(-truth))).astype(np.float32)
-    asked = asked._replace(rows=asked.rows.replace(target=target))
-    assert efficiency_of(asked, 0.0, 2.0) == pytest.approx(efficiency, abs=0.02 + 0.35 * efficiency)
-    assert efficiency_of(asked._replace(apart=0 * asked.apart), 0.0, 2.0) == 0.0
+    asked = asked._replace(apart=asked.apart / np.linalg.norm(asked.apart, axis=1, keepdims=True))  # one scale for all
+    known = np.repeat(2 + 2 * draw.random((600, 1)), DIM, axis=1)
+    left = 4 / (1 + efficiency * 4 * known)  # spread 2
+    read, rest = (np.sqrt(part) * draw.normal(size=(600, DIM)) for part in (4 - left, left))
+    read, rest = ((part[asked.unit] * asked.apart).sum(1) for part in (read, rest))
+    flatter = np.sqrt(1 + np.pi / 8 * (left[asked.unit] * asked.apart**2).sum(1))  # of a mean over what is open
+    before = np.sqrt(1 + np.pi / 8 * 4 * (asked.apart**2).sum(1))
+    meant = 0.5 * asked.offset
+    shift = (meant + read) / flatter - meant / before
+    asked = asked._replace(offset=meant / before, known=known[asked.unit], shift=np.stack([shift, 0 * shift], axis=1))
+
+    def answered(truth):
+        target = draw.random(len(truth)) < 1 / (1 + np.exp(-truth))
+        return asked._replace(rows=asked.rows.replace(target=target.astype(np.float32)))
+
+    found = efficiency_of(answered(meant + read + rest), 1.0, 2.0)
+    assert found == pytest.approx(efficiency, abs=0.03 + 0.25 * efficiency)
+    if efficiency:
+        assert efficiency_of(answered(meant - read), 1.0, 2.0) < efficiency / 2  # answers say that it was misread
+    sure = efficiency_of(answered(meant + read), 1.0, 2.0)  # no more than what is predicted can have told
+    assert sure == pytest.approx(efficiency, abs=0.02 + 0.15 * efficiency)
+    assert efficiency_of(asked, 0.0, 2.0) == efficiency_of(asked, 1.0, 0.0) == 0.0
+    assert efficiency_of(asked._replace(apart=0 * asked.apart), 1.0, 2.0) == 0.0
 
 
 def test_a_shift_is_trusted_less_the_less_sure_users_make_of_it():
