@@ -17,11 +17,13 @@ Result (2026-11-21, 2 CPU cores under heavy load, 2 to 5 minutes a line). Points
                                d_optimal 8: +1.7 [+1.3, +2.0]; random 8: -3.4 [-3.7, -3.1]
     ideal_point, 300 users     16 random 84.8 [84.5, 85.1]; bald 4: +0.7 [+0.4, +0.9], 8: +1.6 [+1.4, +1.8];
                                d_optimal the same; random 8: -1.5 [-1.7, -1.3]
-    persona_mix, 21 users      16 random 76.0 [73.8, 78.1]; bald 8: -0.6 [-3.8, +2.5], 16: +2.3 [-0.7, +5.1]; d_optimal
-                               8: -0.3 [-3.6, +2.9]; random 8: -3.9 [-5.4, -2.1]: too few users to tell
+    persona_mix, 21 users      16 random 75.8 [73.2, 78.2]; bald 6: -0.5 [-3.6, +2.5], 8: +0.7 [-1.5, +3.1], 16: +2.5
+                               [+0.6, +4.4]; d_optimal 8: +1.4 [-0.8, +3.7]; random 8: -3.6 [-4.8, -2.4]
     persona_cross, 18 users    99.7 to 100.0 after one question by every rule: nothing to tell apart
 
-The personas are of one fit (low_rank, seed 0). Bald and d_optimal differ by no more than noise.
+persona_mix is low_rank with peers (experiments/persona.py mix_low_rank, three fits, the same users; 2026-11-23): eight
+chosen questions reach what 16 random ones do, with few users to show it by. One fit without peers: bald 8:
+-1.6 [-6.2, +2.9], 16: +1.2 [-1.9, +4.6]. persona_cross is of one fit. Bald and d_optimal differ by no more than noise.
 """
 
 from __future__ import annotations
@@ -38,12 +40,13 @@ from scipy.special import expit
 from simulation import CASES, interval
 
 from pluralprefs.adapt import Joint, laplace_user, predict_jointly
+from pluralprefs.adapting import route
 from pluralprefs.asking import pick
 from pluralprefs.data.simulate.states import Pairs
 from pluralprefs.data.sources import protocol
 from pluralprefs.experiment import Experiment, prepare
 from pluralprefs.fitting import Rows, gathered
-from pluralprefs.registry import find_run
+from pluralprefs.registry import find_run, open_run
 from pluralprefs.run import load
 from pluralprefs.seeds import fit_seed
 from pluralprefs.types import Comparisons, Item
@@ -99,9 +102,9 @@ def simulated(name: str, seed: int) -> Task:
                 fitted.notes.get("temper", 1.0))  # fmt: skip
 
 
-def persona(name: str, world: str) -> Task:
+def persona(name: str, world: str, seed: int) -> Task:
     """The unseen users of the fixed protocol under a run that was fitted to the others."""
-    run, table = load(find_run(name, "runs").path), protocol.load(DATA, world)
+    run, table = load(find_run(name, "runs").path, seed=seed), protocol.load(DATA, world)
     table = table.filter(
         pl.col("cell").is_in(["unseen/support", "unseen/testpair"]) & (pl.col("first") != pl.col("second"))
     )
@@ -126,7 +129,7 @@ def state(model: Any, users: Any, items: Item, support: Rows, pool: Rows, test: 
     """What every user's posterior says of the pool, jointly, and the mean log-odds of the test rows."""
 
     def one(support: Rows, pool: Rows, test: Rows) -> tuple[Joint, jax.Array]:
-        posterior = laplace_user(model, gathered(items, support), users)
+        posterior = route(model, laplace_user)(model, gathered(items, support), users)
         joint = predict_jointly(model, users, posterior, gathered(items, pool))
         return joint, predict_jointly(model, users, posterior, gathered(items, test)).mean
 
@@ -161,8 +164,8 @@ def curve(task: Task, rule: str, seed: int) -> np.ndarray:
     return np.array(found)
 
 
-def show(tasks: list[Task]) -> None:
-    """Print the table of several tasks of one kind, a seed each."""
+def show(tasks: list[Task], same: bool) -> None:
+    """Print the table of several tasks of one kind, a seed each; of the `same` users or of others."""
     rules = ("bald", "d_optimal", "random")  # eubo looks for the best option, not for the user
     curves = {}
     for rule in rules:
@@ -172,9 +175,9 @@ def show(tasks: list[Task]) -> None:
             for seed, task in enumerate(tasks)
         ]
         curves[rule] = np.concatenate(each, axis=1)
-    user = pl.Series([f"{seed}/{u}" for seed, task in enumerate(tasks) for u in range(len(task.right))])
+    user = pl.Series([f"{0 if same else seed}/{u}" for seed, task in enumerate(tasks) for u in range(len(task.right))])
     best = np.concatenate([(100 * np.maximum(task.right, 1 - task.right)).mean(1) for task in tasks])
-    console.print(f"{len(user)} users; the best possible is {best.mean():.1f}", highlight=False)
+    console.print(f"{user.n_unique()} users; the best possible is {best.mean():.1f}", highlight=False)
     goal = curves["random"][QUESTIONS]
     for rule, values in curves.items():
         for n in SHOWN:
@@ -189,8 +192,9 @@ if __name__ == "__main__":
     names = sys.argv[1:] or ["low_rank"]
     if len(names) == 2 and names[1] in protocol.NAMES:
         console.print(f"\n[bold]{names[1]}[/bold], {names[0]}")
-        show([persona(*names)])
+        seeds = open_run(find_run(names[0], "runs").path).read()["seeds"]
+        show([persona(*names, seed) for seed in seeds], same=True)
     else:
         for name in names:
             console.print(f"\n[bold]{name}[/bold]")
-            show([simulated(name, seed) for seed in SEEDS])
+            show([simulated(name, seed) for seed in SEEDS], same=False)
