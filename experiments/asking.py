@@ -192,8 +192,9 @@ if __name__ == "__main__":
     names = sys.argv[1:] or ["low_rank"]
     if len(names) == 2 and names[1] in protocol.NAMES:
         console.print(f"\n[bold]{names[1]}[/bold], {names[0]}")
-        seeds = open_run(find_run(names[0], "runs").path).read()["seeds"]
-        show([persona(*names, seed) for seed in seeds], same=True)
+        fitted, world = names
+        seeds = open_run(find_run(fitted, "runs").path).read()["seeds"]
+        show([persona(fitted, world, seed) for seed in seeds], same=True)
     else:
         for name in names:
             console.print(f"\n[bold]{name}[/bold]")
