@@ -284,6 +284,22 @@ def test_what_shots_leave_open_is_one_gaussian_deviation_a_user():
     np.testing.assert_allclose((joint.plus**2).sum(1), (apart**2).sum(1), rtol=1e-4)
 
 
+@pytest.mark.parametrize("far", [1e2, 1e3, 3e3])
+def test_a_shot_of_a_response_far_from_all_others_leaves_the_rest_open(far):
+    """Float32 once made a covariance of NaN from some thousand times what is usual."""
+    family = INFERRING["fast_weights"]()
+    prior = family.init_user()
+    others = jax.tree.map(lambda x: jnp.stack([x] * 5), prior)
+    model = INFERRING["residual"]().replace(family=family, prior=prior, others=others, weights=jnp.zeros(2))
+    axes = jax.random.normal(KEY, (len(model.axes), 16))
+    model = model.replace(axes=axes, most=jnp.full(2, 100.0), spread=jnp.float32(3.4))
+    away = X.replace(embedding=X.embedding.at[0].mul(far))
+    root = np.asarray(jax.jit(model.infer_user)(rows(pick(away, FIRST), pick(away, SECOND), TARGET)).mean["open"])
+    values = np.linalg.eigvalsh(root.astype(float) @ root.T)
+    assert 0.0 < values[0] < 0.01  # of what was asked
+    np.testing.assert_allclose(values[4:], 1.0, atol=1e-3)  # four shots say nothing of twelve other directions
+
+
 def asked_of(users, per_user, spread, scale=1.0, shift=0.0, seed=0):
     """Answers of users who depart from what is predicted: log-odds N(0, 1) times `scale`, and a deviation each."""
     draw = np.random.default_rng(seed)

@@ -43,6 +43,7 @@ from pluralprefs.types import Comparisons, Item, Replaceable, UserPosterior
 
 OTHERS = 32  # users of the training, by whom it is known how users differ
 DIRECTIONS = 16  # at most, in which they do
+MOST_TOLD = 1e3  # of the prior's precision, by one shot: more makes systems that float32 does not solve
 
 
 @pytree
@@ -114,7 +115,8 @@ class Residual(Replaceable):
             return row.weight * p * (1 - p), self.directions(row.first) - self.directions(row.second)
 
         bend, apart = jax.vmap(one)(shots)
-        return (apart * bend[:, None]).T @ apart
+        size = jnp.maximum(self.spread * jnp.linalg.norm(apart, axis=1), 1.0)
+        return (apart * jnp.minimum(bend, MOST_TOLD / size**2)[:, None]).T @ apart
 
     def reward(self, user: dict[str, Any], item: Item) -> Float[Array, ""]:
         own, other, prior = (self.family.reward(u, item) for u in (user["state"], user["reversed"], self.prior))
