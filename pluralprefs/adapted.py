@@ -17,7 +17,7 @@ it are not ours to delete.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -134,6 +134,7 @@ class AdaptedUser:
         temper = self.run.notes.get("temper", 1.0)
         rows = rows.replace(weight=(rows.weight * temper).astype(np.float32))
         found = adapt_one(self.run.model, self.run.users, rows, adapter=adapter(self.run, self.method))
+        check_finite([self.name], jax.tree.map(lambda x: x[None], found))
         return replace(self, posterior=found.replace(base=self.run.fingerprint))
 
     def own(self, table: pl.DataFrame) -> pl.DataFrame:
@@ -160,6 +161,17 @@ class AdaptedUser:
         kept = {f"rows/{name}": value for name, value in flat(self.rows).items()}
         about = {"name": self.name, "prior": self.prior, "method": self.method, "ids": self.ids, "pairs": self.pairs}
         save_states(path, self.run, {self.name: self.posterior}, kept, {"user": json.dumps(about, ensure_ascii=False)})
+
+
+def check_finite(names: Sequence[str], stacked: UserPosterior) -> None:
+    """Raise DataError where a user of a stack of posteriors [users, ...] has a state that is not finite."""
+    whole = [np.isfinite(x).reshape(len(names), -1).all(axis=1) for x in jax.tree.leaves(stacked.mean) if np.size(x)]
+    wrong = np.flatnonzero(~np.all(whole, axis=0)) if whole else []
+    if len(wrong):
+        raise DataError(
+            f"adapt: the state of user {shown(names[wrong[0]])} is not finite: some features of their "
+            "comparisons are far larger than those of training. Correct them, or leave them out"
+        )
 
 
 def adapted(run: Adapts, table: pl.DataFrame | None, prior: str, method: str) -> AdaptedUser:

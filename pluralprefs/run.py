@@ -25,9 +25,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import polars as pl
+from scipy.special import expit
 
 from pluralprefs.adapt import neutral_size, prior_user
-from pluralprefs.adapted import AdaptedUser, adapted, adapter, flat, load_states, load_user, save_states
+from pluralprefs.adapted import (
+    AdaptedUser,
+    adapted,
+    adapter,
+    check_finite,
+    flat,
+    load_states,
+    load_user,
+    save_states,
+)
 from pluralprefs.adapting import (
     adapt_rectangles,
     adapt_units,
@@ -146,7 +156,9 @@ class Run:
         rows = tempered(rows, self.notes.get("temper", 1.0))
         unit = np.array([place[name] for name in names])
         for units, stacked in adapt_rectangles(self.model, self.users, items, rows, unit, adapter=chosen):
-            yield [order[u] for u in units], stacked
+            known = [order[u] for u in units]
+            check_finite(known, stacked)
+            yield known, stacked
 
     def prior(self) -> UserPosterior:
         """The posterior of a user of whom nothing is known."""
@@ -207,7 +219,7 @@ class Run:
             **rewards,
             log_odds=pl.Series(mean),
             log_odds_std=pl.Series(np.sqrt(variance)),
-            probability=pl.Series(1 / (1 + np.exp(-logits))),
+            probability=pl.Series(expit(logits)),
             user_source=pl.Series(list(source), dtype=pl.Utf8),
         )
 

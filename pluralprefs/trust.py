@@ -81,7 +81,7 @@ def trusted(
     found = [_judged(model, items, near, rows, notes, dependent)]
     if away is not None:
         notes["far"] = {}
-        found.append(_judged(away[0], items, away[1], rows, notes["far"], dependent))
+        found.append(_judged(away[0], items, away[1], rows, notes["far"], dependent, found[0].spread))
     both = {name: np.stack([getattr(part, name) for part in (found[0], found[-1])]) for name in Trust._fields[:-1]}
     nothing = (both["trust"] == 0) & (both["even"] == 0)  # who is not trusted at all is a stranger, to the last digit
     both["efficiency"], both["scale"] = (
@@ -97,16 +97,20 @@ def trusted(
 
 
 def _judged(
-    model: Residual, items: Item, judging: Judging, everyone: Rows, notes: dict[str, Any], dependent: bool
-) -> Trust:
-    """What the users of `judging` bear out at each number of shots, and what `everyone` leaves open without any."""
+    model: Residual, items: Item, judging: Judging, everyone: Rows, notes: dict[str, Any], dependent: bool,
+    spread: float | None = None,
+) -> Trust:  # fmt: skip
+    """What the users of `judging` bear out at each number of shots, and what `everyone` leaves open without any: a
+    `spread` that was found already, where it is given, for there is one that serves."""
     knots = jnp.tile(jnp.asarray(KNOTS, jnp.float32), (2, 1))
     one = jnp.ones_like(knots)
     open_ended = model.replace(shots=knots, trust=one, even=one, scale=one, efficiency=one, spread=jnp.ones(()),
                                most=jnp.full(2, 1e6))  # fmt: skip
     rows, asked = judging
     told = disjoint if dependent else lambda found: found
-    sharper, spread = left_open(of_nobody(open_ended, items, everyone, dependent), 0.0)
+    strangers = of_nobody(open_ended, items, everyone, dependent)
+    spread = left_open(strangers, 0.0)[1] if spread is None else spread
+    sharper = scale_of(strangers, 0.0, spread)
 
     def bear_out(found: Asked, before: tuple[float, ...]) -> tuple[float, float, float, float]:
         """Trust, even, scale and efficiency."""

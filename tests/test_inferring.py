@@ -15,6 +15,7 @@ from test_parity import layers, softmax
 
 import pluralprefs.run
 from pluralprefs.adapt import infer_user, predict, predict_jointly
+from pluralprefs.adapted import check_finite
 from pluralprefs.asking import suggest
 from pluralprefs.choosing import neighbours
 from pluralprefs.data.episodes import episode_indices
@@ -28,12 +29,13 @@ from pluralprefs.likelihoods import Logistic, pooled_mean
 from pluralprefs.models.low_rank import LowRank
 from pluralprefs.models.neural_process import NeuralProcess
 from pluralprefs.models.residual import Residual
+from pluralprefs.models.set_pooled import SetPooled
 from pluralprefs.models.variational import active_units
 from pluralprefs.pooling import validation_nats
 from pluralprefs.registry.files import RegistryError, load_arrays
 from pluralprefs.run import load
 from pluralprefs.spread import Asked, disjoint, efficiency_of, left_open, lost_evidence, mixed, scale_of
-from pluralprefs.trust import KNOTS, borne_out, prior_table, trusted
+from pluralprefs.trust import KNOTS, _open_of, borne_out, prior_table, trusted
 from pluralprefs.users import Pooled, Users
 from pluralprefs.users_cli import _show
 
@@ -300,6 +302,47 @@ def test_a_shot_of_a_response_far_from_all_others_leaves_the_rest_open(far):
     np.testing.assert_allclose(values[4:], 1.0, atol=1e-3)  # four shots say nothing of twelve other directions
 
 
+def test_what_shots_tell_of_each_unknown_is_told_apart():
+    """A rotation of the unknowns in which what is known of them is diagonal, by NumPy's quadratic form."""
+    one = jnp.ones((2, 3))
+    model = INFERRING["residual"]().replace(efficiency=one, trust=one, even=one, scale=one, spread=jnp.ones(()))
+    shown = jax.tree.map(np.asarray, rows(FIRST, SECOND, TARGET, np.ones(4)))
+    shower, unit = np.array([0, 0, 0, 1]), np.array([0, 0, 1, 1, 2])
+    asked = jax.tree.map(np.asarray, rows(np.array([0, 1, 2, 3, 4]), np.array([3, 5, 4, 0, 1]), np.ones(5)))
+    apart, known = _open_of(model, X, shown, shower, asked, unit)
+    by_rows, by_shots = differences(model, X, asked), differences(model, X, shown)
+    np.testing.assert_allclose((apart**2).sum(1), (by_rows**2).sum(1), rtol=1e-4)
+    for row, own in enumerate(unit):
+        mine = np.flatnonzero(shower == own)
+        told = np.zeros((3, 3))
+        if len(mine):
+            shots = rows(*(pick(X, side[mine]) for side in (FIRST, SECOND)), TARGET[mine])
+            offset = jax.vmap(partial(model.population.log_odds, model.weights))(shots.first, shots.second)
+            user = model.family.infer_user(shots.replace(offset=offset)).mean
+            said = [
+                float(
+                    model.family.log_odds(user, pick(X, i), pick(X, j))
+                    - model.family.log_odds(model.prior, pick(X, i), pick(X, j))
+                )
+                for i, j in zip(FIRST[mine], SECOND[mine], strict=True)
+            ]
+            p = 1 / (1 + np.exp(-(np.asarray(offset) + said)))
+            told = (by_shots[mine] * (p * (1 - p))[:, None]).T @ by_shots[mine]
+        wanted = by_rows[row] @ told @ by_rows[row]
+        assert (apart[row] ** 2 * known[row]).sum() == pytest.approx(wanted, rel=1e-3, abs=1e-5)
+        assert (wanted > 1e-3) == (own < 2)
+
+
+def test_a_user_of_features_that_no_arithmetic_holds_is_refused():
+    """Whose state is NaN would have every probability NaN."""
+    whole = infer_user(INFERRING["residual"](), SHOTS, prior_table(INFERRING["residual"]()))
+    stacked = jax.tree.map(lambda x: np.stack([np.asarray(x)] * 3), whole)
+    check_finite(["a", "b", "c"], stacked)
+    stacked.mean.state["open"][1, 0, 0] = np.nan
+    with pytest.raises(DataError, match="user 'b' is not finite"):
+        check_finite(["a", "b", "c"], stacked)
+
+
 def asked_of(users, per_user, spread, scale=1.0, shift=0.0, seed=0):
     """Answers of users who depart from what is predicted: log-odds N(0, 1) times `scale`, and a deviation each."""
     draw = np.random.default_rng(seed)
@@ -439,6 +482,22 @@ def test_what_users_of_the_training_leave_open_is_in_units_of_log_odds():
     assert mixed(silent, nothing, X, told) == 1.0
 
 
+def test_directions_that_are_left_out_do_not_make_users_differ_less():
+    """There are more features than directions: those kept stand for all."""
+    many = items(1, 60)
+    wide = np.random.default_rng(0).normal(size=(60, 40)).astype(np.float32)
+    many = many.replace(embedding=jnp.asarray(wide))
+    side = np.arange(60)
+    table = jax.tree.map(np.asarray, rows(side, (side + 1) % 60, side % 2)).replace(user=(side // 3).astype(np.int32))
+    family = SetPooled.init(key=KEY, dim=40, width=8, hidden=8)
+    model = Residual.init(population=LowRank.init(key=KEY, dim=40, rank=1), family=family, knots=3, dim=40)
+    model = settled(model, family, many, table)
+    how = ways(model, many, table)
+    for mix in (0.0, 0.3, 1.0):
+        usual = (differences(directed(model, how, mix), many, table) ** 2).sum(1).mean()
+        assert usual == pytest.approx(1.0, rel=1e-3), mix
+
+
 def test_users_differ_as_those_of_the_training_or_by_the_features():
     draw = np.random.default_rng(0)
     user = np.repeat(np.arange(200), 30).astype(np.int32)
@@ -470,18 +529,22 @@ def test_few_users_say_little_of_what_is_open():
     assert left_open(repeated, 0.0) == pytest.approx(left_open(asked, 0.0), rel=1e-3)
 
 
-@pytest.mark.parametrize("spread", [0.3, 2.0, 12.0])
-def test_the_evidence_of_a_spread_is_the_integral_over_users(spread):
+@pytest.mark.parametrize(("spread", "sure"), [(0.3, 3), (2.0, 3), (12.0, 3), (12.0, 10)])
+def test_the_evidence_of_a_spread_is_the_integral_over_users(spread, sure):
     """By quadrature; with much open, whole steps of Newton's method ran away, and Laplace's method is off by nats."""
     draw = np.random.default_rng(0)
-    apart, offset, told = draw.normal(size=(20, 10, 1)), 3 * draw.normal(size=(20, 10)), draw.integers(0, 2, (20, 10))
+    apart, offset, told = (
+        draw.normal(size=(20, 10, 1)),
+        sure * draw.normal(size=(20, 10)),
+        draw.integers(0, 2, (20, 10)),
+    )
     z = np.linspace(-9, 9, 20001)
     logits = offset[:, :, None] + spread * apart * z
-    chance = np.where(told[:, :, None] == 1, 1 / (1 + np.exp(-logits)), 1 / (1 + np.exp(logits))).prod(axis=1)
-    expected = -np.log((chance * np.exp(-(z**2) / 2) / np.sqrt(2 * np.pi)).sum(axis=1) * (z[1] - z[0])).sum()
+    nats = np.where(told[:, :, None] == 1, np.logaddexp(0, -logits), np.logaddexp(0, logits)).sum(axis=1)
+    expected = -np.log((np.exp(-nats - z**2 / 2) / np.sqrt(2 * np.pi)).sum(axis=1) * (z[1] - z[0])).sum()
     side = np.zeros((20, 10), np.int32)
     table = rows(side, side, told.astype(np.float32), np.ones((20, 10))).replace(offset=offset.astype(np.float32) / 1.5)
-    assert float(lost_evidence(1.5, (spread * apart).astype(np.float32), table)) == pytest.approx(expected, abs=0.3)
+    assert float(lost_evidence(1.5, (spread * apart).astype(np.float32), table)) == pytest.approx(expected, abs=0.5)
 
 
 @pytest.mark.parametrize("efficiency", [0.0, 0.1, 0.6, 1.0])
@@ -870,6 +933,14 @@ def test_trust_far_away_is_learned_from_a_family_and_a_population_that_have_not_
 
     notes = {}
     model = Residual.init(population=population, family=FAMILIES["fast_weights"](), knots=3, dim=DIM)
+    asked = {"mixed": [], "directed": [], "ways": []}
+    for name, does in (("mixed", mixed), ("directed", directed), ("ways", ways)):
+
+        def told_of(*given, name=name, does=does):
+            asked[name].append((given, 0.3 if name == "mixed" else does(*given)))
+            return asked[name][-1][1]
+
+        monkeypatch.setattr(f"pluralprefs.inferring.{name}", told_of)
     found = fit_inferred(model, many, table.replace(target=told), Pooled(folds=2), population=fitted, users=120,
                          communities=0, likelihood=Logistic(), reduction=pooled_mean, optimizer=optax.adam(1e-2),
                          epochs=1, batch_size=256, seed=0, notes=notes)  # fmt: skip
@@ -877,6 +948,12 @@ def test_trust_far_away_is_learned_from_a_family_and_a_population_that_have_not_
         tuple(range(10)), tuple(sorted(set(range(10)) - far))}  # fmt: skip
     assert notes["trust"]["8"] > 0.3
     assert max(notes["far"]["trust"].values()) < 0.15
+    assert [given[4] for given, _ in asked["mixed"]] == [False]  # pairs of this split do not hang together
+    assert [given[2] for given, _ in asked["directed"]] == [notes["mix"]] * 3 == [0.3] * 3
+    near, _, serving = (how for _, how in asked["ways"])  # those held out, those far away, all
+    assert asked["ways"][2][0][3] == 3 * near.rewards.unit
+    np.testing.assert_allclose(found.model.axes, asked["directed"][2][1].axes)
+    assert asked["directed"][2][0][1] is serving
     np.testing.assert_allclose(found.model.trust[1, 1], notes["far"]["trust"]["8"], rtol=1e-5)
 
 

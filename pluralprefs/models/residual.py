@@ -38,7 +38,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from pluralprefs.pytrees import pytree
+from pluralprefs.pytrees import pytree, static
 from pluralprefs.types import Comparisons, Item, Replaceable, UserPosterior
 
 OTHERS = 32  # users of the training, by whom it is known how users differ
@@ -64,6 +64,7 @@ class Residual(Replaceable):
     most: Float[Array, 2]
     others: Any
     axes: Float[Array, "others+dim directions"]
+    is_reduced: bool = static(default=False)
 
     @classmethod
     def init(cls, *, population: Any, family: Any, knots: int, dim: int, **_: Any) -> Self:
@@ -86,6 +87,7 @@ class Residual(Replaceable):
         A covariance of the family's own is not used: it is of the state alone, before anybody has said how far that
         is to be trusted.
         """
+        asked, support = support, self._plain(support)
         count = jnp.sum(support.weight > 0)  # as trust was learned, whatever the weights
         known = met(support.first) & met(support.second)
         kinds = jnp.where(jnp.stack([known, ~known]), support.weight[None], 0.0)  # a row for each kind of shot
@@ -100,25 +102,50 @@ class Residual(Replaceable):
             return share @ jax.vmap(partial(jnp.interp, jnp.log1p(count)))(jnp.log1p(self.shots), values)
 
         learned = {"trust": at(self.trust), "even": at(self.even), "scale": at(self.scale), "spread": self.spread}
-        known = at(self.efficiency) * self.spread**2 * self.known(own.mean, shots)
+        known = at(self.efficiency) * self.spread**2 * self.known(own.mean, shots, asked)
         triangle = jnp.linalg.cholesky(jnp.eye(known.shape[0]) + known)
         root = jax.scipy.linalg.solve_triangular(triangle, jnp.eye(known.shape[0]), lower=True).T
         return UserPosterior({"state": own.mean, "reversed": other.mean, **learned, "open": root})
 
-    def known(self, state: Any, shots: Comparisons[Item]) -> Float[Array, "directions directions"]:
-        """What shots tell of the unknowns: the curvature of their log-likelihood at what the family says."""
+    def known(
+        self, state: Any, shots: Comparisons[Item], asked: Comparisons[Item]
+    ) -> Float[Array, "directions directions"]:
+        """What shots tell of the unknowns: the curvature of their log-likelihood at what the family says.
 
-        def one(row: Comparisons[Item]) -> tuple[Array, Array]:
+        `asked` are the same comparisons, of responses that may be `reduced`.
+        """
+
+        def one(row: Comparisons[Item], asked: Comparisons[Item]) -> tuple[Array, Array]:
             said, nothing = (self.family.reward(u, row.first) - self.family.reward(u, row.second)
                              for u in (state, self.prior))  # fmt: skip
             p = jax.nn.sigmoid(row.offset + said - nothing)
-            return row.weight * p * (1 - p), self.directions(row.first) - self.directions(row.second)
+            return row.weight * p * (1 - p), self.directions(asked.first) - self.directions(asked.second)
 
-        bend, apart = jax.vmap(one)(shots)
+        bend, apart = jax.vmap(one)(shots, asked)
         size = jnp.maximum(self.spread * jnp.linalg.norm(apart, axis=1), 1.0)
         return (apart * jnp.minimum(bend, MOST_TOLD / size**2)[:, None]).T @ apart
 
+    def reduced(self, items: Item) -> tuple[Self, Item]:
+        """`types.ReducesItems`: beside its features, an item has what it has of each direction (`directions`)."""
+        if self.is_reduced:
+            return self, items
+        found = jax.lax.map(self.directions, items, batch_size=1024)
+        both = jnp.concatenate([jnp.asarray(items.embedding, found.dtype), found], axis=1)
+        return self.replace(is_reduced=True), items.replace(embedding=both)
+
+    def _plain(self, tree: Any) -> Any:
+        """An item, or comparisons of items, as the family and the population know them."""
+        if not self.is_reduced:
+            return tree
+        if isinstance(tree, Item):
+            return tree.replace(embedding=tree.embedding[..., : self._dim()])
+        return tree.replace(first=self._plain(tree.first), second=self._plain(tree.second))
+
+    def _dim(self) -> int:
+        return self.axes.shape[0] - jax.tree.leaves(self.others)[0].shape[0]
+
     def reward(self, user: dict[str, Any], item: Item) -> Float[Array, ""]:
+        item = self._plain(item)
         own, other, prior = (self.family.reward(u, item) for u in (user["state"], user["reversed"], self.prior))
         shift = user["trust"] * (own - other) / 2 + user["even"] * ((own + other) / 2 - prior)
         return user["scale"] * (self.population.reward(self.weights, item) + shift)
@@ -128,6 +155,8 @@ class Residual(Replaceable):
 
     def directions(self, item: Item) -> Float[Array, " directions"]:
         """What an item has of each direction in which users differ."""
+        if self.is_reduced:
+            return item.embedding[..., self._dim() :]
         rewards = jax.vmap(self.family.reward, (0, None))(self.others, item)
         return jnp.concatenate([rewards, item.embedding]) @ self.axes
 
