@@ -30,8 +30,8 @@ With the code of 2026-11-23, seed 0: seen/testpair 68.6 [67.3, 69.8]; 0.601, uns
 67.2 [64.4, 69.9]; 0.612 at 16 and 67.2 [64.5, 70.1]; 0.611 at 32 (-0.018 [-0.033, -0.002]).
 ideal_direction, seeds 0 to 2, code of 2026-11-23, run 2026-11-24, --set controls=false (an hour or two on one core):
 seen/testpair 64.0 [62.8, 65.2]; 0.659, unseen/testpair 65.1; 0.643 at 0 shots and 65.3 [63.2, 67.4]; 0.644 at 32,
-unseen/newprompt 51.9; 0.764 and 52.9 [50.8, 54.9]; 0.762: negative, in new conversations it is worse than a coin's 0.693
-nats, whatever is shown; a direction is a function of the prompt, and no conversation there was trained on.
+unseen/newprompt 51.9; 0.764 and 52.9 [50.8, 54.9]; 0.762: negative, in new conversations it is worse than a coin's
+0.693 nats, whatever is shown; a direction is a function of the prompt, and no conversation there was trained on.
 ideal_point and the tempered bradley_terry_mlp were not run on this set to the end.
 """
 
